@@ -1,0 +1,104 @@
+"""The types that every quantizer shares."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+Target = Literal["weight", "activation"]
+Range = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A quantized tensor: unsigned integer codes and what they stand for.
+
+    value = scale * (codes - zero_point), or scale * codebook[codes] where there is a codebook.
+
+    Attributes:
+        codes: 0 .. num_levels - 1; uint8 up to 8 bits, int32 above. Any shape.
+        scale: float32, positive, broadcastable to `codes`.
+        bits: storage width of a code.
+        num_levels: codes in use, at most 2**bits.
+        zero_point: the code of value 0; a half-integer on a mid-rise grid.
+        codebook: levels in units of `scale`, (L,) or (C, L); None on a uniform grid.
+        channel_axis: axis of `codes` that has a scale of its own; None if one scale serves all.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bits: int
+    num_levels: int
+    zero_point: float | Tensor = 0.0
+    codebook: Tensor | None = None
+    channel_axis: int | None = None
+
+    def dequantize(self) -> Tensor:
+        """The values, float32, in the shape of `codes`."""
+        if self.codebook is None:
+            return self.scale * (self.codes.to(self.scale.dtype) - self.zero_point)
+        if self.codebook.dim() == 1:
+            return self.scale * self.codebook[self.codes.long()]
+        assert self.channel_axis is not None
+        rows = self.codes.movedim(self.channel_axis, 0).flatten(1).long()  # (C, rest)
+        values = self.codebook.gather(1, rows)
+        moved = self.codes.movedim(self.channel_axis, 0).shape
+        return self.scale * values.view(moved).movedim(0, self.channel_axis)
+
+
+class Quantizer(nn.Module, ABC):
+    """Rounds a tensor to at most 2**bits levels, with a gradient for training.
+
+    A subclass is final. Parameters and buffers exist, with their final shapes, from construction
+    on (`channels` gives the size of a per-channel scale), so a state dict always loads strictly.
+
+    Laws, tested for every registered quantizer: in eager float32
+    `torch.equal(q(x), q.encode(x).dequantize())`; at most 2**bits codes per scale group; finite
+    on zeros, a constant, an outlier; a gradient for every parameter.
+    """
+
+    targets: ClassVar[frozenset[Target]] = frozenset({"weight", "activation"})
+    # of "nearest", "idempotent", "monotone": the laws that this method declares and is tested for
+    declares: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, *, bits: int, signed: bool, channels: int | None = None) -> None:
+        super().__init__()
+        self.bits = bits
+        self.signed = signed
+        self.channels = channels
+        self.channel_axis = None if channels is None else 0
+
+    @classmethod
+    def check(cls, *, bits: int, target: Target, signed: bool) -> None:
+        """Raises ValueError, naming the way out, where the method has no such width or target."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def calibrate(self, x: Tensor, *, keep: Range | None = None) -> None:
+        """Sets the scale from data, in place.
+
+        Args:
+            x: weights (O, I, *kernel), or a sample of activations of any shape.
+            keep: the range (low, high) that another quantizer of the same tensor covered (a
+                higher rung). The start that covers it is tried as well, and the one with the
+                smaller mean squared error on `x` is kept: a step is never reused unchanged.
+        """
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """The quantized values, in the dtype and memory format of `x`, with a gradient."""
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> QTensor:
+        """The same values as codes, without a gradient."""
+
+    @abstractmethod
+    def range(self) -> Range:
+        """Lowest and highest value that can be represented; float32, detached.
+
+        Shape () or (channels,). Hand-over between widths and methods goes through this alone.
+        """
