@@ -6,8 +6,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
+
+from .registry import Registry
+
+WIDTHS = frozenset({1, 2, 3, 4, 5, 6, 7, 8, 16})  # 32 bits means "no quantizer"
 
 Target = Literal["weight", "activation"]
 Range = tuple[Tensor, Tensor]
@@ -50,11 +53,34 @@ class QTensor:
         return self.scale * values.view(moved).movedim(0, self.channel_axis)
 
 
+@dataclass(frozen=True)
+class Site:
+    """Where a quantizer stands: what the layer and the policy decide, not the method's options.
+
+    Attributes:
+        target: weights or activations.
+        bits: width of a code.
+        signed: whether values below zero occur (always so for weights).
+        channels: size of the channel axis: O for weights (axis 0), C for activations (axis 1).
+    """
+
+    target: Target
+    bits: int
+    signed: bool
+    channels: int
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of the channels, 0 for weights and 1 for activations."""
+        return 0 if self.target == "weight" else 1
+
+
 class Quantizer(nn.Module, ABC):
     """Rounds a tensor to at most 2**bits levels, with a gradient for training.
 
-    A subclass is final. Parameters and buffers exist, with their final shapes, from construction
-    on (`channels` gives the size of a per-channel scale), so a state dict always loads strictly.
+    A subclass is final, takes a `Site` and then, after the `*`, the options that YAML may set.
+    Parameters and buffers exist, with their final shapes, from construction on, so a state dict
+    always loads strictly.
 
     Laws, tested for every registered quantizer: in eager float32
     `torch.equal(q(x), q.encode(x).dequantize())`; at most 2**bits codes per scale group; finite
@@ -65,17 +91,26 @@ class Quantizer(nn.Module, ABC):
     # of "nearest", "idempotent", "monotone": the laws that this method declares and is tested for
     declares: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, *, bits: int, signed: bool, channels: int | None = None) -> None:
+    def __init__(self, site: Site, *, per_channel: bool = False) -> None:
         super().__init__()
-        self.bits = bits
-        self.signed = signed
-        self.channels = channels
-        self.channel_axis = None if channels is None else 0
+        if site.target not in self.targets:
+            raise ValueError(f"{type(self).__name__} quantizes {sorted(self.targets)} only")
+        if site.bits not in WIDTHS:
+            known = ", ".join(map(str, sorted(WIDTHS)))
+            raise ValueError(f"no quantizer has {site.bits} bits; known widths: {known}")
+        if per_channel and site.target == "activation":
+            # one scale per input channel could not be taken out of a sum over input channels
+            raise ValueError("per_channel is for weights; an activation has one scale")
+        self.check(site)
+        self.site = site
+        self.bits = site.bits
+        self.signed = site.signed
+        self.channel_axis = site.channel_axis if per_channel else None
 
     @classmethod
-    def check(cls, *, bits: int, target: Target, signed: bool) -> None:
+    @abstractmethod
+    def check(cls, site: Site) -> None:
         """Raises ValueError, naming the way out, where the method has no such width or target."""
-        raise NotImplementedError
 
     @abstractmethod
     def calibrate(self, x: Tensor, *, keep: Range | None = None) -> None:
@@ -102,3 +137,22 @@ class Quantizer(nn.Module, ABC):
 
         Shape () or (channels,). Hand-over between widths and methods goes through this alone.
         """
+
+    def latent(self, x: Tensor) -> Tensor:
+        """What rounding sees of `x`, on the scale of the output, with its gradient.
+
+        `x` itself unless the method maps it first (DoReFa's tanh).
+        """
+        return x
+
+    def learned_scale(self, x: Tensor, *, gradient: float | None = None) -> Tensor | None:
+        """The scale with a gradient to its parameter; None where no scale is learned.
+
+        Args:
+            x: what is quantized; the scale comes back broadcastable to it.
+            gradient: factor on the scale's gradient; None takes the method's own for `x`.
+        """
+        return None
+
+
+QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer")

@@ -1,0 +1,226 @@
+"""The command line. Imports wait for the command that needs them, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+app = typer.Typer(
+    name="bitladder",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Take an image classifier down a ladder of bit widths, FP32 -> 8 -> 4 -> 2 -> 1. Each "
+    "rung starts from the rung above and is distilled by it.\n\n"
+    "Begin with [bold]bitladder run digits[/bold]: five rungs in about a minute on a CPU.",
+)
+
+StoreOption = Annotated[
+    Path,
+    typer.Option("--store", envvar="BITLADDER_STORE", help="Folder of all results.", metavar="DIR"),
+]
+DatabaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--database",
+        envvar="BITLADDER_DATABASE",
+        help="SQLAlchemy URL of the results tables, if not SQLite in the store.",
+        metavar="URL",
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a value, such as ladder.2.epochs=5.", metavar="KEY=VALUE"),
+]
+RunnerOption = Annotated[
+    Literal["prefect", "plain"],
+    typer.Option(help="Prefect shows and logs the flow; plain runs the same ladder without it."),
+]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")]
+ConfigArgument = Annotated[str, typer.Argument(help="A shipped config by name, or a YAML file.")]
+RunArgument = Annotated[
+    str | None, typer.Argument(help="A run's id, a prefix of it, or its name; default: newest.")
+]
+DEFAULT_STORE = Path("artifacts")
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    set_: SetOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    database: DatabaseOption = None,
+    runner: RunnerOption = "prefect",
+    verbose: VerboseOption = False,
+) -> None:
+    """Run a ladder; stages that are done are used again.
+
+    bitladder run digits
+    bitladder run my.yaml --set ladder.2.epochs=5 --set data.root=/data
+    """
+    from .commands import run_config
+
+    run_config(config, set_ or [], _open(store, database, verbose), runner)
+
+
+@app.command()
+def resume(
+    run: Annotated[
+        str | None,
+        typer.Argument(help="A run's id, prefix or name; default: the newest unfinished one."),
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    database: DatabaseOption = None,
+    runner: RunnerOption = "prefect",
+    verbose: VerboseOption = False,
+) -> None:
+    """Go on with a ladder that was stopped, killed, or failed."""
+    from .commands import resume_run
+
+    resume_run(run, _open(store, database, verbose), runner)
+
+
+@app.command()
+def plan(
+    config: ConfigArgument,
+    set_: SetOption = None,
+    store: StoreOption = DEFAULT_STORE,
+    database: DatabaseOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Show a ladder's stages, their keys and teachers, and which are done. Runs nothing."""
+    from .commands import show_plan
+
+    show_plan(config, set_ or [], _open(store, database, verbose))
+
+
+@app.command("list")
+def list_(
+    store: StoreOption = DEFAULT_STORE,
+    database: DatabaseOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """List the ladders in the store with their state."""
+    from .commands import list_runs
+
+    list_runs(_open(store, database, verbose))
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str] | None, typer.Argument(help="Runs to show side by side; default: the newest.")
+    ] = None,
+    format_: Annotated[
+        Literal["table", "csv", "json", "markdown", "html", "parquet"],
+        typer.Option("--format", "-f", help="table is for the terminal; the others are files."),
+    ] = "table",
+    out: Annotated[
+        Path | None, typer.Option(help="Write to this file instead of standard output.")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    database: DatabaseOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Print or write the accuracy table of one ladder or several, finished or not."""
+    from .commands import show_report
+
+    show_report(runs or [], format_, out, _open(store, database, verbose))
+
+
+@app.command()
+def evaluate(
+    run: RunArgument = None,
+    stage: Annotated[str | None, typer.Option(help="One stage; default: all that are done.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    database: DatabaseOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Measure accuracy now, and show each layer's scale, clip range and levels used."""
+    from .commands import evaluate_run
+
+    evaluate_run(run, stage, _open(store, database, verbose))
+
+
+@app.command()
+def verify(
+    run: Annotated[
+        str | None, typer.Argument(help="A run's id, prefix or name; default: the whole store.")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    database: DatabaseOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Check every recorded file against its checksum. Exit code 1 if one differs."""
+    from .commands import verify_store
+
+    verify_store(run, _open(store, database, verbose))
+
+
+@app.command()
+def components(
+    kind: Annotated[
+        str | None, typer.Argument(help="quantizers, models, data, losses, stages or configs.")
+    ] = None,
+    name: Annotated[str | None, typer.Argument(help="One part, with all its options.")] = None,
+) -> None:
+    """List every quantizer, model, data set, loss and config with its options and source."""
+    from .components import show_components
+
+    _quiet(False)
+    show_components(kind, name)
+
+
+@app.command()
+def clean(
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
+    store: StoreOption = DEFAULT_STORE,
+    database: DatabaseOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Remove stages that no ladder refers to, damaged ones, and old checkpoints."""
+    from .commands import clean_store
+
+    clean_store(_open(store, database, verbose), yes=yes)
+
+
+def _open(root: Path, database: str | None, verbose: bool):  # type: ignore[no-untyped-def]
+    from ..pipeline.store import Store
+
+    _quiet(verbose)
+    return Store(root, url=database)
+
+
+def _quiet(verbose: bool) -> None:
+    """Warnings of ours go to stderr; with --verbose everything of ours does."""
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", level=logging.WARNING)
+    logging.getLogger("bitladder").setLevel(logging.DEBUG if verbose else logging.WARNING)
+
+
+def main() -> None:
+    """The console script: runs a command and turns an error into one message and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        print("interrupted; go on with: bitladder resume", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `bitladder list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        from ..pipeline.errors import BitladderError
+
+        if not isinstance(error, BitladderError):
+            raise
+        print(f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Ladders that come with the package, by name: `bitladder run NAME`."""

@@ -1,0 +1,78 @@
+"""Starts a ladder, with Prefect or without, and leaves its reports beside it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from ..pipeline.config import RunConfig
+from ..pipeline.errors import ConfigError
+from ..pipeline.events import Listener
+from ..pipeline.interruption import Interruption
+from ..pipeline.report import accuracy_report, write_report
+from ..pipeline.runner import Ladder, open_ladder, run_ladder, run_stage
+from ..pipeline.store import Run, Store
+from .prefect_ladder import run_flow
+from .prefect_server import temporary_api
+
+log = logging.getLogger(__name__)
+RUNNERS = ("prefect", "plain")
+# written when a ladder ends; `bitladder report` writes any of them again
+REPORTS = {"report.csv": "csv", "report.json": "json", "report.md": "markdown"}
+
+
+def launch(config: RunConfig, store: Store, *, runner: str, listener: Listener) -> Run:
+    """Runs what is not done of a ladder; gives back the run.
+
+    A finished ladder starts nothing: neither training nor Prefect.
+
+    Raises:
+        ConfigError, StageError, Interrupted, StoreError: see `pipeline.runner.run_ladder`.
+    """
+    if runner not in RUNNERS:
+        raise ConfigError([f"unknown runner {runner!r}; known: {', '.join(RUNNERS)}"])
+    ladder = open_ladder(config, store, listener)
+    run = store.run(ladder.plan.run)
+    done = all(store.state(stage.key)[0] == "done" for stage in ladder.plan.stages)
+    try:
+        if runner == "plain" or done:
+            run_ladder(ladder)
+        else:
+            _run_in_prefect(ladder)
+    finally:
+        _write_reports(store, run)
+    return run
+
+
+def _run_in_prefect(ladder: Ladder) -> None:
+    plan, store = ladder.plan, ladder.store
+    stages = {stage.name: stage for stage in plan.stages}
+    with Interruption() as stop, temporary_api(store.reports / plan.run) as api:
+
+        def run_one(spec: dict[str, Any], listener: Listener) -> dict[str, Any]:
+            record = run_stage(replace(ladder, listener=listener), stages[spec["name"]], stop)
+            return dict(record.metrics)
+
+        specs = [
+            {"name": s.name, "key": s.key, "teacher": s.teacher, "parent": s.parent}
+            for s in plan.stages
+        ]
+        run_flow(
+            plan.run,
+            str(store.root.resolve()),
+            specs,
+            run_one,
+            api_url=api.wait(),
+            listener=ladder.listener,
+            tags=[plan.name],
+        )
+
+
+def _write_reports(store: Store, run: Run) -> None:
+    try:
+        frame = accuracy_report(store, run)
+        for name, form in REPORTS.items():
+            write_report(frame, form, store.reports / run.run / name)
+    except OSError as error:  # the ladder's own error, if any, is the one to show
+        log.warning("the reports could not be written: %s", error)

@@ -1,0 +1,234 @@
+"""A ladder as a Prefect flow: a task a stage, and artifacts that show how it goes.
+
+Prefect watches; it decides nothing. Whether a stage is done is the store's answer, so no result
+is cached or persisted here, and a server that goes away takes nothing with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ..pipeline.errors import Interrupted
+from ..pipeline.events import Event, Listener
+from .prefect_server import quieten_prefect
+from .progress import broadcast, describe, filled, heading, throttled
+
+log = logging.getLogger(__name__)
+ARTIFACT_SECONDS = 5.0  # between two updates of a progress artifact; one costs 7 ms
+
+Stage = dict[str, Any]  # JSON values; "name" is required
+Record = dict[str, Any]
+RunOne = Callable[[Stage, Listener], Record]
+
+
+def run_flow(
+    run_id: str,
+    store: str,
+    stages: Sequence[Stage],
+    run_one: RunOne,
+    *,
+    api_url: str,
+    listener: Listener = lambda event: None,
+    tags: Sequence[str] = (),
+) -> list[Record]:
+    """Runs the stages in order as one flow run named `run_id`; gives back their records.
+
+    A Prefect that fails on the way costs a warning, and the ladder goes on without it. Call
+    from the main thread: stages run in it, under the signal handlers that are installed now.
+
+    Args:
+        store: where the store is, shown among the flow run's parameters.
+        run_one: runs one stage, telling the listener it is given; called in this process.
+        api_url: the Prefect API to report to, see `prefect_server.temporary_api`.
+        listener: hears all events of all stages.
+        tags: of the flow run, besides the run's id and "bitladder".
+
+    Raises:
+        Whatever `run_one` raises, the same object, after Prefect has recorded it.
+        Interrupted: SIGTERM came while Prefect itself was at work.
+    """
+    quieten_prefect()
+    from prefect import flow, task
+    from prefect import tags as tagged
+    from prefect.cache_policies import NO_CACHE
+    from prefect.exceptions import TerminationSignal
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    records: list[Record] = []
+    causes: list[BaseException] = []
+    artifacts = _Artifacts(run_id)
+    hear = broadcast(listener, artifacts)
+    signals = _Handlers()
+
+    @task(name="stage", cache_policy=NO_CACHE, persist_result=False, retries=0)
+    def stage(stage: Stage, store: str) -> Record:
+        try:
+            record = run_one(stage, hear)
+        except BaseException as error:
+            causes.append(error)
+            raise
+        records.append(record)
+        artifacts.stage_done(len(records) - 1, stage["name"], record)
+        return record
+
+    @flow(name="ladder", flow_run_name=lambda: run_id, persist_result=False, retries=0)
+    def ladder(run_id: str, store: str, stages: list[Stage]) -> None:
+        with signals.installed():
+            for position, spec in enumerate(stages):
+                task_run_name = f"{position}-{spec['name']}"
+                stage.with_options(task_run_name=task_run_name)(spec, store)
+
+    try:
+        with (
+            temporary_settings({PREFECT_API_URL: api_url}),
+            tagged(run_id, "bitladder", *tags),
+            _quiet_run_loggers(),
+            _drained(),
+        ):
+            ladder(run_id, store, list(stages))
+    except TerminationSignal as error:
+        if len(records) < len(stages):
+            raise Interrupted(error.signal) from None
+    except BaseException as error:
+        if causes and error is not causes[0]:
+            raise causes[0] from None
+        if causes or not isinstance(error, Exception):
+            raise
+        log.warning("Prefect failed (%s); the ladder goes on without it", error)
+    return records + [run_one(spec, listener) for spec in stages[len(records) :]]
+
+
+class _Handlers:
+    """The signal handlers of now, to be put back where Prefect has installed its own.
+
+    Prefect turns SIGTERM into an exception wherever it strikes, in the middle of writing a
+    checkpoint too; the caller's handler knows better when to stop.
+    """
+
+    def __init__(self) -> None:
+        self._main = threading.current_thread() is threading.main_thread()
+        self._handler = signal.getsignal(signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        if not self._main or self._handler is None:  # None: not installed from Python
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+class _Artifacts:
+    """Shows a run's stages as Prefect artifacts: a listener. Never raises an error."""
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+        self._rows: list[dict[str, Any]] = []
+        self._row: Mapping[str, Any] = {}
+        self._progress: Any = None
+        self._works = True
+        self._tell = filled(throttled(self._show, seconds=ARTIFACT_SECONDS))
+
+    def __call__(self, event: Event) -> None:
+        self._tell(event)
+
+    def stage_done(self, position: int, name: str, record: Record) -> None:
+        """Writes the table of all rows so far and the stage's own page."""
+        from prefect.artifacts import create_markdown_artifact, create_table_artifact
+
+        row = _scalars(self._row or record)
+        self._rows.append({"stage": name, **row})
+        self._row = {}
+        table, page = [dict(row) for row in self._rows], _markdown(f"{self._run_id}: {name}", row)
+        stage = f"{position}-{name}"
+        self._try(create_table_artifact, table, key=self._key(stage, "table"))
+        self._try(create_markdown_artifact, page, key=self._key(stage, "report"))
+
+    def _show(self, event: Event) -> None:
+        from prefect import get_run_logger
+        from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+        self._try(lambda: get_run_logger().info(describe(event)))
+        if event.kind in ("finished", "reused"):
+            self._row = event.metrics
+        percent = 100.0 if event.kind == "finished" else 100 * event.fraction
+        if event.kind == "started":
+            key = self._key(f"{event.position}-{event.stage}", "progress")
+            self._progress = self._try(
+                create_progress_artifact, percent, key=key, description=heading(event)
+            )
+        elif event.kind in ("step", "epoch", "finished") and self._progress is not None:
+            self._try(
+                update_progress_artifact, self._progress, percent, description=describe(event)
+            )
+
+    def _key(self, *words: str) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", "-".join([self._run_id, *words]).lower()).strip("-")
+
+    def _try(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if not self._works:
+            return None
+        try:
+            return call(*args, **options)
+        except Exception as error:
+            self._works = False  # for good: each further call might wait for a dead server
+            log.warning("Prefect takes no artifacts (%s); the ladder goes on", error)
+            return None
+
+
+def _scalars(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if isinstance(v, str | int | float | bool | None)}
+
+
+def _markdown(title: str, row: Mapping[str, Any]) -> str:
+    lines = [f"| {name} | {_cell(name, value)} |" for name, value in row.items()]
+    return "\n".join([f"## {title}", "", "| | |", "|---|---|", *lines, ""])
+
+
+def _cell(name: str, value: Any) -> str:
+    if isinstance(value, float):
+        return f"{100 * value:.2f} %" if "top1" in name or "top5" in name else f"{value:.6g}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+@contextlib.contextmanager
+def _quiet_run_loggers() -> Iterator[None]:
+    """Sends what Prefect says about runs to its server only.
+
+    On the terminal it would repeat our own lines, with a traceback for each error, across the
+    progress bar.
+    """
+    loggers = [logging.getLogger(f"prefect.{runs}") for runs in ("flow_runs", "task_runs")]
+    before = [(logger.propagate, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.propagate = False
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for logger, (propagate, level) in zip(loggers, before, strict=True):
+            logger.propagate = propagate
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _drained() -> Iterator[None]:
+    """Waits at the end until states and logs have reached the server, which may stop then."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    try:
+        yield
+    finally:
+        for worker in (EventsWorker, APILogWorker):
+            with contextlib.suppress(Exception):
+                worker.drain_all(timeout=5.0)

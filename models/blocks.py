@@ -1,0 +1,126 @@
+"""What the networks of this folder are made of."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BlockKind = Literal["basic", "bottleneck"]
+ShortcutKind = Literal["conv", "pad"]
+
+DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)
+CONVOLUTIONS = {"basic": 2, "bottleneck": 3}  # per block
+EXPANSION = {"basic": 1, "bottleneck": 4}  # a block's output channels over its 3x3 channels
+
+
+def at_depth(network: Callable[..., nn.Module], depth: int) -> Callable[..., nn.Module]:
+    """The factory of one depth: `network` without its first argument, options unchanged."""
+    factory = functools.partial(network, depth)
+    factory.__doc__ = network.__doc__
+    return factory
+
+
+def check_structure(num_classes: int, in_channels: int, image_size: int, width: int) -> None:
+    """Raises ValueError where no network of this folder has such a shape."""
+    smallest = {"num_classes": 1, "in_channels": 1, "image_size": 4, "width": 1}
+    values = (num_classes, in_channels, image_size, width)
+    for (name, least), value in zip(smallest.items(), values, strict=True):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def activation(clip: float | None) -> nn.Module:
+    """ReLU, or with a clip min(max(x, 0), clip): 6 is ReLU6, 1 is ReLU1."""
+    if clip is None:
+        return nn.ReLU()
+    if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 < clip < math.inf:
+        raise ValueError(
+            f"activation_clip must be a positive number, or null for none; got {clip!r}"
+        )
+    return nn.Hardtanh(0.0, float(clip))
+
+
+def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    """A convolution without bias that keeps the size at stride 1; batch norm has the bias."""
+    padding = kernel // 2
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
+
+
+class PadShortcut(nn.Module):
+    """Every stride-th pixel, and zeros for the channels that are new.
+
+    Source: He et al., CVPR 2016, arXiv:1512.03385, option A.
+    """
+
+    def __init__(self, new_channels: int, stride: int) -> None:
+        super().__init__()
+        self.new_channels = new_channels
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C + new_channels, H / stride, W / stride), rounded up."""
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+
+
+def shortcut_path(
+    kind: ShortcutKind, in_channels: int, out_channels: int, stride: int
+) -> nn.Module | None:
+    """The way around a block; None where the block keeps the shape and x itself is added."""
+    if kind not in ("conv", "pad"):
+        raise ValueError(f"unknown shortcut {kind!r}; known: conv, pad")
+    if in_channels == out_channels and stride == 1:
+        return None
+    if kind == "pad":
+        return PadShortcut(out_channels - in_channels, stride)
+    return conv(in_channels, out_channels, 1, stride)
+
+
+def blocks_per_stage(depth: int, block: BlockKind) -> int:
+    """Blocks in each of the three stages; stem and classifier are the other two layers.
+
+    Raises:
+        ValueError: the depth is not 6n + 2 (basic) or 9n + 2 (bottleneck).
+    """
+    if block not in CONVOLUTIONS:
+        raise ValueError(f"unknown block {block!r}; known: {', '.join(CONVOLUTIONS)}")
+    per_block = 3 * CONVOLUTIONS[block]  # layers that one block in each stage adds
+    blocks, rest = divmod(depth - 2, per_block)
+    if rest or blocks < 1:
+        valid = ", ".join(str(d) for d in DEPTHS if (d - 2) % per_block == 0)
+        raise ValueError(
+            f"no ResNet of depth {depth} has {block} blocks: the depth must be {per_block}n + 2; "
+            f"registered depths with {block} blocks: {valid}"
+        )
+    return blocks
+
+
+def residual_stages(
+    unit: Callable[[int, int, int], nn.Module], *, blocks: int, width: int, expansion: int
+) -> Iterator[nn.Sequential]:
+    """Three stages of (width, 2 width, 4 width) * expansion channels and strides 1, 2, 2.
+
+    Args:
+        unit: makes a block from its input channels, output channels and stride.
+        blocks: blocks in each stage; the first has the stride.
+        width: channels that enter the first stage.
+        expansion: output channels of a block over the stage's width.
+    """
+    in_channels = width
+    for factor, stride in ((1, 1), (2, 2), (4, 2)):
+        out_channels = factor * width * expansion
+        first = unit(in_channels, out_channels, stride)
+        rest = [unit(out_channels, out_channels, 1) for _ in range(blocks - 1)]
+        yield nn.Sequential(first, *rest)
+        in_channels = out_channels
+
+
+def initialise(network: nn.Module) -> None:
+    """He's normal initialisation (fan out) for every convolution; the rest as torch has it."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,0 +1,145 @@
+"""Pre-activation ResNets for small images (He et al., ECCV 2016, arXiv:1603.05027)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from .blocks import (
+    DEPTHS,
+    EXPANSION,
+    BlockKind,
+    ShortcutKind,
+    activation,
+    at_depth,
+    blocks_per_stage,
+    check_structure,
+    conv,
+    initialise,
+    residual_stages,
+    shortcut_path,
+)
+from .registry import MODELS
+
+
+class PreActResNet(nn.Module):
+    """Pre-activation ResNet for small images: batch norm and ReLU come before each convolution.
+
+    A 3x3 stem, three stages at strides 1, 2, 2, global average pooling, a linear classifier.
+    With bottleneck blocks the depth counts three convolutions a block, so 20, 56 and 110 exist.
+
+    Args:
+        depth: layers with weights on the longest path, shortcuts not counted.
+        num_classes: logits, K.
+        in_channels: channels of the images, C.
+        image_size: their height and width, at least 4; the weights do not depend on it.
+        block: two 3x3 convolutions, or 1x1, 3x3, 1x1 with four times the channels outside.
+        width: channels of the first stage's 3x3 convolutions; the next stages double them.
+        activation_clip: largest value that an activation lets pass; None for ReLU.
+        shortcut: where the shape changes, a 1x1 convolution, or zeros for the new channels.
+
+    Source: He et al., Identity Mappings in Deep Residual Networks, ECCV 2016, arXiv:1603.05027.
+        Differs from it in: the default shortcut is a convolution; theirs pads.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        num_classes: int,
+        in_channels: int,
+        image_size: int,
+        *,
+        block: BlockKind = "basic",
+        width: int = 16,
+        activation_clip: float | None = None,
+        shortcut: ShortcutKind = "conv",
+    ) -> None:
+        super().__init__()
+        check_structure(num_classes, in_channels, image_size, width)
+        blocks, expansion = blocks_per_stage(depth, block), EXPANSION[block]
+        channels = 4 * width * expansion
+        unit = partial(BLOCKS[block], activation_clip=activation_clip, shortcut=shortcut)
+
+        self.conv1 = conv(in_channels, width, 3)
+        self.layer1, self.layer2, self.layer3 = residual_stages(
+            unit, blocks=blocks, width=width, expansion=expansion
+        )
+        self.bn = nn.BatchNorm2d(channels)
+        self.act = activation(activation_clip)
+        self.fc = nn.Linear(channels, num_classes)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, K)."""
+        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
+        return self.fc(self.act(self.bn(x)).mean((2, 3)))
+
+
+class PreActBasic(nn.Module):
+    """Two 3x3 convolutions; a shortcut with weights reads the pre-activated input."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        *,
+        activation_clip: float | None,
+        shortcut: ShortcutKind,
+    ) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.act1 = activation(activation_clip)
+        self.conv1 = conv(in_channels, out_channels, 3, stride)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.act2 = activation(activation_clip)
+        self.conv2 = conv(out_channels, out_channels, 3)
+        self.shortcut = shortcut_path(shortcut, in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, O, H / stride, W / stride)."""
+        y = self.act1(self.bn1(x))
+        identity = x if self.shortcut is None else self.shortcut(y)
+        y = self.conv1(y)
+        return self.conv2(self.act2(self.bn2(y))) + identity
+
+
+class PreActBottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions; the 3x3 has the stride and a quarter of the channels."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        *,
+        activation_clip: float | None,
+        shortcut: ShortcutKind,
+    ) -> None:
+        super().__init__()
+        channels = out_channels // EXPANSION["bottleneck"]
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.act1 = activation(activation_clip)
+        self.conv1 = conv(in_channels, channels, 1)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.act2 = activation(activation_clip)
+        self.conv2 = conv(channels, channels, 3, stride)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.act3 = activation(activation_clip)
+        self.conv3 = conv(channels, out_channels, 1)
+        self.shortcut = shortcut_path(shortcut, in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, O, H / stride, W / stride)."""
+        y = self.act1(self.bn1(x))
+        identity = x if self.shortcut is None else self.shortcut(y)
+        y = self.conv1(y)
+        y = self.conv2(self.act2(self.bn2(y)))
+        return self.conv3(self.act3(self.bn3(y))) + identity
+
+
+BLOCKS: dict[str, type[nn.Module]] = {"basic": PreActBasic, "bottleneck": PreActBottleneck}
+
+for _depth in DEPTHS:
+    MODELS.register(f"preact_resnet{_depth}")(at_depth(PreActResNet, _depth))

@@ -1,0 +1,152 @@
+"""The original ResNets for small images (He et al., CVPR 2016, arXiv:1512.03385)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from .blocks import (
+    DEPTHS,
+    EXPANSION,
+    BlockKind,
+    ShortcutKind,
+    activation,
+    at_depth,
+    blocks_per_stage,
+    check_structure,
+    conv,
+    initialise,
+    residual_stages,
+    shortcut_path,
+)
+from .registry import MODELS
+
+
+class CifarResNet(nn.Module):
+    """The original ResNet for small images: ReLU after the sum of block and shortcut.
+
+    A 3x3 stem, three stages at strides 1, 2, 2, global average pooling, a linear classifier.
+    With bottleneck blocks the depth counts three convolutions a block, so 20, 56 and 110 exist.
+
+    Args:
+        depth: layers with weights on the longest path, shortcuts not counted.
+        num_classes: logits, K.
+        in_channels: channels of the images, C.
+        image_size: their height and width, at least 4; the weights do not depend on it.
+        block: two 3x3 convolutions, or 1x1, 3x3, 1x1 with four times the channels outside.
+        width: channels of the first stage's 3x3 convolutions; the next stages double them.
+        activation_clip: largest value that an activation lets pass; None for ReLU.
+        shortcut: where the shape changes, a 1x1 convolution with batch norm, or zeros for the
+            new channels.
+
+    Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, arXiv:1512.03385.
+        Differs from it in: the default shortcut is a convolution (their option B); theirs pads.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        num_classes: int,
+        in_channels: int,
+        image_size: int,
+        *,
+        block: BlockKind = "basic",
+        width: int = 16,
+        activation_clip: float | None = None,
+        shortcut: ShortcutKind = "conv",
+    ) -> None:
+        super().__init__()
+        check_structure(num_classes, in_channels, image_size, width)
+        blocks, expansion = blocks_per_stage(depth, block), EXPANSION[block]
+        unit = partial(BLOCKS[block], activation_clip=activation_clip, shortcut=shortcut)
+
+        self.conv1 = conv(in_channels, width, 3)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.act1 = activation(activation_clip)
+        self.layer1, self.layer2, self.layer3 = residual_stages(
+            unit, blocks=blocks, width=width, expansion=expansion
+        )
+        self.fc = nn.Linear(4 * width * expansion, num_classes)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, K)."""
+        x = self.act1(self.bn1(self.conv1(x)))
+        return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
+class PostActBasic(nn.Module):
+    """Two 3x3 convolutions, each with batch norm, and ReLU after the sum."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        *,
+        activation_clip: float | None,
+        shortcut: ShortcutKind,
+    ) -> None:
+        super().__init__()
+        self.conv1 = conv(in_channels, out_channels, 3, stride)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.act1 = activation(activation_clip)
+        self.conv2 = conv(out_channels, out_channels, 3)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = shortcut_path(shortcut, in_channels, out_channels, stride)
+        self.shortcut_bn = norm_after(self.shortcut)
+        self.act2 = activation(activation_clip)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, O, H / stride, W / stride)."""
+        identity = x if self.shortcut is None else self.shortcut_bn(self.shortcut(x))
+        y = self.act1(self.bn1(self.conv1(x)))
+        return self.act2(self.bn2(self.conv2(y)) + identity)
+
+
+class PostActBottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions; the 3x3 has the stride and a quarter of the channels."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        *,
+        activation_clip: float | None,
+        shortcut: ShortcutKind,
+    ) -> None:
+        super().__init__()
+        channels = out_channels // EXPANSION["bottleneck"]
+        self.conv1 = conv(in_channels, channels, 1)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.act1 = activation(activation_clip)
+        self.conv2 = conv(channels, channels, 3, stride)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.act2 = activation(activation_clip)
+        self.conv3 = conv(channels, out_channels, 1)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.shortcut = shortcut_path(shortcut, in_channels, out_channels, stride)
+        self.shortcut_bn = norm_after(self.shortcut)
+        self.act3 = activation(activation_clip)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, O, H / stride, W / stride)."""
+        identity = x if self.shortcut is None else self.shortcut_bn(self.shortcut(x))
+        y = self.act1(self.bn1(self.conv1(x)))
+        y = self.act2(self.bn2(self.conv2(y)))
+        return self.act3(self.bn3(self.conv3(y)) + identity)
+
+
+def norm_after(shortcut: nn.Module | None) -> nn.Module:
+    """Batch norm for a shortcut that is a convolution; nothing for the others."""
+    return (
+        nn.BatchNorm2d(shortcut.out_channels) if isinstance(shortcut, nn.Conv2d) else nn.Identity()
+    )
+
+
+BLOCKS: dict[str, type[nn.Module]] = {"basic": PostActBasic, "bottleneck": PostActBottleneck}
+
+for _depth in DEPTHS:  # torchvision has the names resnet18, resnet34, ...
+    MODELS.register(f"cifar_resnet{_depth}")(at_depth(CifarResNet, _depth))

@@ -1,0 +1,96 @@
+"""Whether a config's parts exist and fit together: names, options, widths, teachers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..models import MODELS
+from ..quant.core import Site, Target
+from ..quant.quantizers import QUANTIZERS
+from .config import Component, RunConfig, StageConfig
+from .config_options import Mistake, check_options
+from .data import DATASETS
+from .losses import LOSSES
+from .yaml_reader import path_text
+
+
+def check_parts(run: RunConfig) -> list[str]:
+    """Every mistake that can be seen without touching data, as `path: message` lines."""
+    errors = _at(("data",), check_options(DATASETS, run.data.name, run.data.options))
+    errors += _check_model(run)
+    for index, stage in enumerate(run.ladder):
+        where = ("ladder", index)
+        errors += _check_quantizers(stage, where)
+        errors += _check_parents(run, index, stage, where)
+        if stage.distill.teacher != "none":
+            found = check_options(LOSSES, stage.distill.loss, stage.distill.options)
+            errors += _at((*where, "distill"), found)
+    return errors
+
+
+def _check_model(run: RunConfig) -> list[str]:
+    errors = []
+    if run.model.name in MODELS:
+        errors += _at(("model",), check_options(MODELS, run.model.name, run.model.options))
+    if run.model.weights is not None and not Path(run.model.weights).is_file():
+        errors.append(f"model.weights: no such file: {run.model.weights}")
+    first = run.ladder[0] if run.ladder else None
+    if first and first.train.epochs == 0 and first.full_precision and run.model.weights is None:
+        errors.append(
+            "ladder.0.epochs: 0 imports a trained network, and model.weights names none; "
+            "give model.weights: FILE, or train for some epochs"
+        )
+    return errors
+
+
+def _check_quantizers(stage: StageConfig, where: tuple[Any, ...]) -> list[str]:
+    errors = []
+    halves: list[tuple[Target, int, Component]] = [
+        ("weight", stage.weight_bits, stage.quantizer.weight),
+        ("activation", stage.activation_bits, stage.quantizer.activation),
+    ]
+    for target, bits, choice in halves:
+        errors += _at((*where, "quantizer", target), _check_choice(target, bits, choice))
+    for number, rule in enumerate(stage.policy.rules):
+        at = (*where, "policy", "rules", number)
+        if rule.weight is not None:
+            found = _check_choice("weight", rule.weight_bits or stage.weight_bits, rule.weight)
+            errors += _at((*at, "weight"), found)
+        if rule.activation is not None:
+            bits = rule.activation_bits or stage.activation_bits
+            errors += _at((*at, "activation"), _check_choice("activation", bits, rule.activation))
+    return errors
+
+
+def _check_choice(target: Target, bits: int, choice: Component) -> list[Mistake]:
+    if choice.name == "auto":
+        return [(key, "'auto' takes no options; name a quantizer") for key in choice.options]
+    errors = check_options(QUANTIZERS, choice.name, choice.options)
+    if errors or bits == 32:
+        return errors
+    try:  # activations follow a ReLU in most networks; the probe pass decides for each layer
+        site = Site(target, bits=bits, signed=target == "weight", channels=1)
+        QUANTIZERS[choice.name].factory.check(site)
+    except ValueError as error:
+        return [("", str(error))]
+    return []
+
+
+def _check_parents(
+    run: RunConfig, index: int, stage: StageConfig, where: tuple[Any, ...]
+) -> list[str]:
+    errors = []
+    has_fp32 = any(s.full_precision for s in run.ladder[:index])
+    uses = {"init": stage.init, "distill.teacher": stage.distill.teacher}
+    for key, value in uses.items():
+        if value == "fp32" and not has_fp32 and not stage.full_precision:
+            errors.append(
+                f"{path_text(where)}.{key}: 'fp32' needs a rung above it with weight_bits: 32 and "
+                "activation_bits: 32"
+            )
+    return errors
+
+
+def _at(where: tuple[Any, ...], mistakes: list[Mistake]) -> list[str]:
+    return [f"{path_text((*where, key) if key else where)}: {text}" for key, text in mistakes]

@@ -1,0 +1,232 @@
+"""From a mapping to a `RunConfig`, with every mistake in it reported at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from ..quant.registry import unknown
+from .config import Component, RunConfig, StageConfig
+from .config_check import check_parts
+from .errors import ConfigError
+from .yaml_reader import apply_overrides, path_text, read_yaml_file
+
+SHIPPED = Path(__file__).parent.parent / "flows" / "configs"
+# sections that a rung takes over from above the ladder, each merged key by key
+INHERITED = ("quantizer", "policy", "train", "distill", "bin_regularization")
+RUN_KEYS = ("name", "seed", "data", "model", "runtime", "ladder")
+RUNG_KEYS = ("name", "weight_bits", "activation_bits", "init", "epochs", "teacher")
+MAX_STAGES = 64
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with the package, by name (`digits`, `br/paper_w2a4`, ...)."""
+    found = sorted(SHIPPED.rglob("*.yaml"))
+    return {str(path.relative_to(SHIPPED).with_suffix("")): path for path in found}
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a shipped config by name, or a YAML file.
+
+    Raises:
+        ConfigError: one line for each mistake, with its YAML path.
+    """
+    path = Path(source)
+    if not path.exists() and path.suffix not in (".yaml", ".yml") and "/" not in str(source)[:1]:
+        known = shipped_configs()
+        if str(source) not in known:
+            raise ConfigError([unknown("config", str(source), known) + "; or give a YAML file"])
+        path = known[str(source)]
+    return parse_config(apply_overrides(read_yaml_file(path), list(overrides)))
+
+
+def parse_config(raw: Mapping[str, Any]) -> RunConfig:
+    """Checks a mapping and fills in the defaults.
+
+    Raises:
+        ConfigError: one line for each mistake, with its YAML path.
+    """
+    errors: list[str] = _not_finite(raw)
+    top: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key in INHERITED:
+            defaults[key] = _short_forms(key, value)
+        elif key in RUN_KEYS:
+            top[key] = value
+        else:
+            errors.append(unknown("key", str(key), (*RUN_KEYS, *INHERITED)))
+    probe = {"weight_bits": 32, "activation_bits": 32, **defaults}
+    errors += _validate(StageConfig, probe, ())[1]  # the defaults by themselves
+    rungs = top.pop("ladder", None)
+    stages, rung_errors = _stages(rungs, defaults)
+    run, run_errors = _validate(RunConfig, {**top, "ladder": ()}, ())
+    errors += run_errors + rung_errors
+    if isinstance(run, RunConfig):
+        run = run.model_copy(update={"ladder": tuple(stages)})
+        errors += check_parts(run)
+    if errors:
+        raise ConfigError(list(dict.fromkeys(errors)))
+    assert isinstance(run, RunConfig)
+    return run
+
+
+def _stages(rungs: Any, defaults: dict[str, Any]) -> tuple[list[StageConfig], list[str]]:
+    if rungs is None:
+        return [], ["ladder: is missing; give a list of rungs, such as {weight_bits: 8, ...}"]
+    if not isinstance(rungs, list):
+        return [], [f"ladder: must be a list of rungs, not {_kind(rungs)}"]
+    if not rungs:
+        return [], ["ladder: has no stage; give at least one rung, such as {weight_bits: 8, ...}"]
+    if len(rungs) > MAX_STAGES:
+        return [], [f"ladder: has {len(rungs)} rungs; at most {MAX_STAGES} are allowed"]
+    stages, errors, names = [], [], set()
+    for index, rung in enumerate(rungs):
+        where = ("ladder", index)
+        if not isinstance(rung, dict):
+            errors.append(f"{path_text(where)}: must be a mapping, not {_kind(rung)}")
+            continue
+        bad = [k for k in rung if k not in RUNG_KEYS and k not in INHERITED]
+        known = (*RUNG_KEYS, *INHERITED)
+        errors += [f"{path_text((*where, k))}: {unknown('key', str(k), known)}" for k in bad]
+        own = {k: _short_forms(k, v) for k, v in rung.items() if k not in bad}
+        merged = _merge(defaults, own)
+        stage, found = _validate(StageConfig, merged, where)
+        found = [_as_written(e, own, where) for e in found]
+        errors += [e for e in found if _said_here(e, own, where)]
+        if isinstance(stage, StageConfig):
+            name = _unique(stage.name or label(stage), names, given=bool(stage.name))
+            if name is None:
+                errors.append(f"{path_text((*where, 'name'))}: {stage.name!r} is used twice")
+                continue
+            names.add(name)
+            stages.append(stage.model_copy(update={"name": name}))
+    return stages, errors
+
+
+def label(stage: StageConfig) -> str:
+    """A rung's name when it has none of its own: `fp32`, `w8a8`, `w1a2`."""
+    if stage.full_precision:
+        return "fp32"
+    return f"w{stage.weight_bits}a{stage.activation_bits}"
+
+
+def _unique(name: str, taken: set[str], *, given: bool) -> str | None:
+    if name not in taken:
+        return name
+    if given:
+        return None
+    return next(f"{name}-{n}" for n in range(2, MAX_STAGES + 2) if f"{name}-{n}" not in taken)
+
+
+def _short_forms(key: str, value: Any) -> Any:
+    """`epochs: 5` for `train: {epochs: 5}`, `quantizer: lsq` for both of its halves, and the like."""
+    if key == "quantizer":
+        if isinstance(value, str):
+            value = {"weight": value, "activation": value}
+        elif isinstance(value, dict) and "name" in value:
+            value = {"weight": value, "activation": value}
+        if isinstance(value, dict):
+            return {k: _named(v) for k, v in value.items()}
+    if key == "train" and isinstance(value, dict):
+        short = {"optimizer": "name", "schedule": "name"}
+        return {k: _named(v) if k in short else v for k, v in value.items()}
+    if key == "policy" and isinstance(value, dict) and isinstance(value.get("rules"), list):
+        rules = [
+            {k: _named(v) if k in ("weight", "activation") else v for k, v in rule.items()}
+            if isinstance(rule, dict)
+            else rule
+            for rule in value["rules"]
+        ]
+        return {**value, "rules": rules}
+    return value
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _merge(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The rung's own words over the defaults; a part with another name takes no old options."""
+    own = dict(own)
+    if "epochs" in own:
+        own["train"] = _put(own.get("train"), "epochs", own.pop("epochs"))
+    if "teacher" in own:
+        own["distill"] = _put(own.get("distill"), "teacher", own.pop("teacher"))
+    return _overlay(defaults, own)
+
+
+def _put(section: Any, key: str, value: Any) -> Any:
+    return {**section, key: value} if isinstance(section, dict) else {key: value}
+
+
+def _overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        if not (isinstance(old, dict) and isinstance(value, dict)):
+            merged[key] = value
+        elif any(k in value and value[k] != old.get(k) for k in ("name", "loss")):
+            merged[key] = value  # another part: the options of the old one do not fit it
+        else:
+            merged[key] = _overlay(old, value)
+    return merged
+
+
+def _as_written(error: str, own: Mapping[str, Any], where: tuple[Any, ...]) -> str:
+    """The error with the short form's path where the rung used the short form."""
+    for long, short in ((("train", "epochs"), "epochs"), (("distill", "teacher"), "teacher")):
+        if short in own:
+            error = error.replace(path_text((*where, *long)), path_text((*where, short)), 1)
+    return error
+
+
+def _said_here(error: str, own: Mapping[str, Any], where: tuple[Any, ...]) -> bool:
+    """Whether a rung's error is the rung's own, not one of the defaults that is said there."""
+    rest = error.removeprefix(path_text(where)).lstrip(".").partition(":")[0].split(".")
+    return rest[0] not in INHERITED or rest[0] in own
+
+
+def _validate(
+    kind: type[BaseModel], raw: Mapping[str, Any], where: tuple[Any, ...]
+) -> tuple[BaseModel | None, list[str]]:
+    try:
+        return kind.model_validate(dict(raw)), []
+    except ValidationError as error:
+        return None, [_line(e, where) for e in error.errors()]
+
+
+def _line(error: Any, where: tuple[Any, ...]) -> str:
+    loc = tuple(p for p in error["loc"] if p not in ("str", "int", "literal['same']"))
+    loc = tuple(p for p in loc if not (isinstance(p, str) and p.startswith(("literal", "constr"))))
+    text = error["msg"].removeprefix("Value error, ")
+    value = error.get("input")
+    if error["type"] == "extra_forbidden":
+        text = "unknown key"
+    elif error["type"] == "missing":
+        text = "is missing"
+    elif isinstance(value, str | int | float | bool | None):
+        text = f"{text[0].lower()}{text[1:]}, not {value!r}"
+    return f"{path_text((*where, *loc))}: {text}" if loc or where else text
+
+
+def _not_finite(value: Any, where: tuple[Any, ...] = ()) -> list[str]:
+    if isinstance(value, float) and not math.isfinite(value):
+        return [f"{path_text(where)}: must be a finite number, not {value}"]
+    if isinstance(value, Mapping):
+        return [e for k, v in value.items() for e in _not_finite(v, (*where, k))]
+    if isinstance(value, list):
+        return [e for i, v in enumerate(value) for e in _not_finite(v, (*where, i))]
+    return []
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "a mapping", list: "a list", str: "text", bool: "true or false"}
+    return "nothing" if value is None else names.get(type(value), "a number")
+
+
+__all__ = ["Component", "load_config", "parse_config", "shipped_configs"]

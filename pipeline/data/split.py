@@ -1,0 +1,163 @@
+"""Samples of one purpose, handed out in batches whose order and look the seed decides."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .augment import Augmentation, Draws, normalise
+from .order import permutation, without_lone_sample
+
+Batch = tuple[Tensor, Tensor]
+Device = torch.device | str
+
+
+class Split(ABC):
+    """The training, the validation or the test samples.
+
+    A batch is (x, y): float32 images, normalised, (N, C, H, W), channels-last in memory, and
+    int64 labels, (N,), both on the device asked for. Nothing here touches the global generator.
+
+    Attributes:
+        labels: (N,) int64, on the CPU.
+        augmentation: what `batches` does to the images where it is asked to augment.
+    """
+
+    def __init__(
+        self,
+        labels: Tensor,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        augmentation: Augmentation,
+    ) -> None:
+        self.labels = labels.to("cpu", torch.int64)
+        self.mean = mean
+        self.std = std
+        self.augmentation = augmentation
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def num_batches(self, batch_size: int) -> int:
+        """How many batches an epoch of training has."""
+        return -(-without_lone_sample(len(self), batch_size) // batch_size)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        augment: bool,
+        device: Device,
+        start: int = 0,
+    ) -> Iterator[Batch]:
+        """One epoch of training, from batch `start` on; the batches before it cost nothing.
+
+        The order is a function of (seed, epoch), the look of a sample one of (seed, epoch,
+        index). The last batch may be smaller; one that would hold a single sample is left out
+        (batch norm fails on it).
+        """
+        if not 0 <= start <= self.num_batches(batch_size):
+            raise ValueError(f"start must be from 0 to {self.num_batches(batch_size)}, not {start}")
+        used = without_lone_sample(len(self), batch_size)
+        order = permutation(len(self), seed, epoch)[start * batch_size : used]
+        draws = self.augmentation.draw(len(self), seed, epoch) if augment else None
+        key = (seed, epoch) if augment else None
+        return self._batches(order, batch_size, torch.device(device), draws, key)
+
+    def evaluation_batches(self, batch_size: int, device: Device) -> Iterator[Batch]:
+        """Every sample once, in the order of the set, as it is."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        return self._batches(torch.arange(len(self)), batch_size, torch.device(device))
+
+    def calibration(
+        self, batch_size: int, num_batches: int, *, seed: int, device: Device
+    ) -> list[Batch]:
+        """Batches of different samples, chosen by the seed, as they are.
+
+        Fewer than `num_batches` where the split does not hold as many samples.
+        """
+        wanted = min(len(self), num_batches * batch_size)
+        order = permutation(len(self), seed, "calibration")
+        order = order[: without_lone_sample(wanted, batch_size)]
+        return list(self._batches(order, batch_size, torch.device(device)))
+
+    def _batches(
+        self,
+        order: Tensor,
+        batch_size: int,
+        device: torch.device,
+        draws: Draws | None = None,
+        key: tuple[int, int] | None = None,
+    ) -> Iterator[Batch]:
+        """The samples of `order` in batches; `key` is the (seed, epoch) of what is augmented."""
+        if not len(order):
+            return
+        mean, std = (torch.tensor(v, device=device) for v in (self.mean, self.std))
+        labels = self.labels[order].to(device)
+        drawn = None if draws is None else draws.at(order).to(device)
+        first = 0
+        for pixels, chosen in self._pixels(order, batch_size, device, key):
+            batch = slice(first, first + len(chosen))
+            first = batch.stop
+            if drawn is None:
+                images = pixels[chosen]
+            else:
+                images = self.augmentation.apply(pixels, chosen, _slice(drawn, batch))
+            yield normalise(images, mean, std), labels[batch]
+
+    @abstractmethod
+    def _pixels(
+        self, order: Tensor, batch_size: int, device: torch.device, key: tuple[int, int] | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """For every batch: images uint8 (M, H, W, C) on the device, and which of them it is."""
+
+
+class TensorSplit(Split):
+    """A split that lives in memory, as one uint8 tensor on the device that asks for it.
+
+    Args:
+        images: uint8, (N, C, H, W), square.
+        labels: (N,).
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        super().__init__(labels, mean=mean, std=std, augmentation=augmentation or Augmentation())
+        if images.dtype != torch.uint8 or images.dim() != 4 or len(images) != len(labels):
+            raise ValueError(
+                f"images must be uint8 (N, C, H, W), a label each; not {images.dtype} "
+                f"{tuple(images.shape)} and {len(labels)} labels"
+            )
+        self.augmentation.check(images.shape[2])
+        self._rows = images.permute(0, 2, 3, 1).contiguous()  # (N, H, W, C)
+
+    @property
+    def images(self) -> Tensor:
+        """All images as they are: uint8, (N, C, H, W), channels-last in memory."""
+        return self._rows.permute(0, 3, 1, 2)
+
+    def _pixels(
+        self, order: Tensor, batch_size: int, device: torch.device, key: tuple[int, int] | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        # kept there: a run trains and evaluates on one device, so they move once
+        rows = self._rows = self._rows.to(device)
+        for chosen in order.to(device).split(batch_size):
+            yield rows, chosen
+
+
+def _slice(draws: Draws, batch: slice) -> Draws:
+    return Draws(draws.down[batch], draws.right[batch], draws.flip[batch])

@@ -1,0 +1,51 @@
+"""A committed stage, measured again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..quant.metrics import layer_report
+from .config_load import parse_config
+from .evaluate import Accuracy, evaluate
+from .fit import EVALUATION_BATCH
+from .machine import choose_device
+from .network import load_network
+from .record import StageRecord
+from .runner import load_data
+from .store import Run, Store
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Accuracy on the test split, and what each layer's quantizers do."""
+
+    accuracy: Accuracy
+    layers: list[dict[str, Any]]
+
+
+def evaluate_stage(store: Store, run: Run, record: StageRecord) -> Measured:
+    """Loads a stage's network from its file and runs it on the test split.
+
+    Raises:
+        ConfigError: the data set is not there.
+    """
+    config = parse_config(run.config)
+    device = choose_device(config.runtime.device)
+    threads = record.environment.get("threads")
+    if threads and device.type == "cpu":
+        torch.set_num_threads(threads)  # other sums of partial sums would round otherwise
+    data = load_data(config.data.name, json.dumps(config.data.options, sort_keys=True))
+    model = load_network(store, record, device)
+    accuracy = evaluate(model, data.test.evaluation_batches(EVALUATION_BATCH, device=device))
+    stage = record.spec.options["stage"]
+    batches = stage["train"].get("calibration_batches")
+    if not record.network.get("quantization") or batches is None:
+        return Measured(accuracy, [])
+    calibration = data.train.calibration(
+        config.data.batch_size, batches, seed=config.seed, device=device
+    )
+    return Measured(accuracy, layer_report(model, calibration))

@@ -1,0 +1,298 @@
+"""The training loop of a stage, and the checkpoint that lets it go on as if it had not stopped."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .config import StageConfig
+from .data import DataBundle
+from .diagnose import first_non_finite
+from .errors import Interrupted, StageError
+from .evaluate import evaluate
+from .files import write_atomic
+from .learner import Learner
+from .optimizer import build_optimizer, global_norm_clip, set_lr
+from .record import CHECKPOINT, METRICS
+from .schedule import lr_factor
+from .tensors import write_checkpoint
+
+log = logging.getLogger(__name__)
+EVALUATION_BATCH = 512
+CHECK_EVERY = 50  # steps between looks at the loss where a look makes the device wait
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a stage is given by whoever runs it; nothing here changes its result.
+
+    Attributes:
+        name: the stage's name in its ladder.
+        workdir: where checkpoint and metrics go.
+        notify: called with keyword fields of an `Event`.
+        stop: the number of the signal that asked for an end, or None.
+        checkpoint_seconds: longest time between two checkpoints.
+        started: facts decided at the stage's start, kept in every checkpoint.
+    """
+
+    name: str
+    workdir: Path
+    notify: Callable[..., None]
+    stop: Callable[[], int | None]
+    checkpoint_seconds: float
+    started: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Position:
+    """How far a stage is: the next batch of the next epoch, and sums over this epoch so far."""
+
+    epoch: int = 0
+    batch: int = 0
+    sums: Tensor | None = None  # float64: images, then each term's sum over them
+    terms: list[str] = field(default_factory=list)
+    seconds: float = 0.0  # spent in this epoch
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def fit(
+    learner: Learner,
+    teacher: nn.Module | None,
+    data: DataBundle,
+    stage: StageConfig,
+    around: Surroundings,
+    *,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    resume: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Trains the learner in place; gives back one dict of metrics per epoch.
+
+    Args:
+        resume: what the checkpoint of an interrupted run holds; the learner already has its
+            weights. The result is bit for bit that of a run never interrupted (on one CPU
+            configuration), because all else is a function of seed, epoch and step.
+
+    Raises:
+        Interrupted: a stop was asked for; the checkpoint is written.
+        StageError: the loss is not finite; the last good checkpoint stays.
+    """
+    optimizer = build_optimizer(learner, learner.student, stage.train)
+    at = Position()
+    if resume is not None:
+        at = _restore(optimizer, resume)
+    per_epoch = data.train.num_batches(batch_size)
+    steps = stage.train.epochs * per_epoch
+    clock = _Clock(done=at.epoch * per_epoch + at.batch, steps=steps)
+    saved = time.monotonic()
+    bins = stage.bin_regularization
+    frozen = False
+    _write_history(around.workdir, at.history)
+    while at.epoch < stage.train.epochs:
+        learner.train()
+        epoch_start = time.monotonic() - at.seconds
+        batches = data.train.batches(
+            batch_size,
+            seed=seed,
+            epoch=at.epoch,
+            start=at.batch,
+            augment=stage.train.augment,
+            device=device,
+        )
+        for x, targets in batches:
+            step = at.epoch * per_epoch + at.batch
+            progress = step / steps
+            if not frozen and progress >= bins.warmup:
+                _freeze_scales(learner.student, bins.freeze_weight_scale, "weight_quantizer")
+                _freeze_scales(learner.student, bins.freeze_activation_scale, "input_quantizer")
+                frozen = True
+            set_lr(optimizer, lr_factor(stage.train.schedule, step, steps, per_epoch))
+            with torch.no_grad():
+                teacher_logits = teacher(x) if teacher is not None else None
+            terms = learner(x, targets, teacher_logits, progress)
+            if device.type == "cpu" or step % CHECK_EVERY == 0:
+                _require_finite(terms["total"], learner, x, around, at, per_epoch)
+            terms["total"].backward()
+            if stage.train.clip_grad_norm is not None:
+                global_norm_clip(learner, stage.train.clip_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            _add(at, terms, len(targets))
+            at.batch += 1
+            if clock.tick():
+                around.notify(
+                    kind="step",
+                    epoch=at.epoch,
+                    epochs=stage.train.epochs,
+                    fraction=clock.fraction,
+                    loss=float(terms["total"].detach()),
+                    seconds_left=clock.seconds_left,
+                )
+            stopped = around.stop()
+            if stopped is not None or time.monotonic() - saved > around.checkpoint_seconds:
+                at.seconds = time.monotonic() - epoch_start
+                _require_finite(_total(at), learner, x, around, at, per_epoch)
+                _save(learner, optimizer, at, around)
+                saved = time.monotonic()
+            if stopped is not None:
+                raise Interrupted(stopped)
+        at.seconds = time.monotonic() - epoch_start
+        _require_finite(_total(at), learner, x, around, at, per_epoch)
+        _end_epoch(learner, data, at, optimizer, device)
+        _write_history(around.workdir, at.history)
+        _save(learner, optimizer, at, around)
+        saved = time.monotonic()
+        last = at.history[-1]
+        around.notify(
+            kind="epoch",
+            epoch=at.epoch,
+            epochs=stage.train.epochs,
+            fraction=clock.fraction,
+            loss=last["train_loss"],
+            accuracy=last["val_top1"],
+            seconds_left=clock.seconds_left,
+        )
+    return at.history
+
+
+def _end_epoch(
+    learner: Learner, data: DataBundle, at: Position, optimizer: Optimizer, device: torch.device
+) -> None:
+    assert at.sums is not None
+    images, *sums = at.sums.tolist()
+    means = {name: value / images for name, value in zip(at.terms, sums, strict=True)}
+    log.debug("phase evaluation of epoch %d", at.epoch)
+    accuracy = evaluate(
+        learner.student, data.validation.evaluation_batches(EVALUATION_BATCH, device=device)
+    )
+    at.history.append(
+        {
+            "epoch": at.epoch + 1,
+            "train_loss": means.pop("total"),
+            **{f"train_{name}": value for name, value in means.items()},
+            "val_loss": accuracy.loss,
+            "val_top1": accuracy.top1,
+            "lr": optimizer.param_groups[0]["lr"],
+            "seconds": round(at.seconds, 3),
+            "images_per_second": round(images / max(at.seconds, 1e-9), 1),
+        }
+    )
+    at.epoch, at.batch, at.sums, at.terms, at.seconds = at.epoch + 1, 0, None, [], 0.0
+
+
+def _add(at: Position, terms: dict[str, Tensor], images: int) -> None:
+    """Adds a batch to the epoch's sums without making the device wait."""
+    if at.sums is None or at.terms != list(terms):  # bin regularization may begin in mid-epoch
+        old = dict(zip(at.terms, at.sums[1:], strict=True)) if at.sums is not None else {}
+        zero = torch.zeros((), dtype=torch.float64, device=terms["total"].device)
+        count = at.sums[0] if at.sums is not None else zero
+        at.terms = list(terms)
+        at.sums = torch.stack([count, *(old.get(name, zero) for name in at.terms)])
+    values = torch.stack([term.detach().double() for term in terms.values()])
+    at.sums[0] += images
+    at.sums[1:] += values * images
+
+
+def _total(at: Position) -> Tensor:
+    assert at.sums is not None
+    return at.sums[1 + at.terms.index("total")]
+
+
+def _require_finite(
+    loss: Tensor, learner: Learner, x: Tensor, around: Surroundings, at: Position, per_epoch: int
+) -> None:
+    if math.isfinite(float(loss.detach())):
+        return
+    culprit = first_non_finite(learner.student, x)
+    kept = (around.workdir / CHECKPOINT).is_file()
+    raise StageError(
+        around.name,
+        f"the loss is {float(loss.detach())} at step {at.epoch * per_epoch + at.batch} "
+        f"(epoch {at.epoch + 1}); {culprit}",
+        "rungs above are kept"
+        + (f", and the last good checkpoint is {around.workdir / CHECKPOINT}" if kept else "")
+        + "; give this rung a lower train.optimizer.lr or a train.clip_grad_norm and run again",
+    )
+
+
+def _freeze_scales(student: nn.Module, freeze: bool, half: str) -> None:
+    if freeze:
+        for name, parameter in student.named_parameters():
+            if f".{half}." in f".{name}":
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+
+def _save(learner: Learner, optimizer: Optimizer, at: Position, around: Surroundings) -> None:
+    log.debug("phase checkpoint")
+    state = {
+        "learner": learner.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "position": {"epoch": at.epoch, "batch": at.batch, "seconds": at.seconds},
+        "sums": at.sums,
+        "terms": at.terms,
+        "history": json.dumps(at.history),
+        "started": json.dumps(around.started),
+    }
+    write_checkpoint(around.workdir / CHECKPOINT, state)
+    log.debug("phase training")
+
+
+def _restore(optimizer: Optimizer, state: dict[str, Any]) -> Position:
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"].cpu())
+    if state["cuda_rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda_rng"]])
+    return Position(
+        **state["position"],
+        sums=state["sums"],
+        terms=state["terms"],
+        history=json.loads(state["history"]),
+    )
+
+
+def _write_history(workdir: Path, history: list[dict[str, Any]]) -> None:
+    """One JSON object a line, an epoch each; written whole, so a resume drops a torn tail."""
+    lines = "".join(json.dumps(epoch, allow_nan=False) + "\n" for epoch in history)
+    write_atomic(workdir / METRICS, lines.encode())
+
+
+class _Clock:
+    """Counts steps, says a few times a second that it is time to report, guesses what is left."""
+
+    def __init__(self, *, done: int, steps: int) -> None:
+        self._first = self._done = done
+        self._steps = steps
+        self._start = self._last = time.monotonic()
+
+    def tick(self) -> bool:
+        self._done += 1
+        now = time.monotonic()
+        if now - self._last < 0.25:
+            return False
+        self._last = now
+        return True
+
+    @property
+    def fraction(self) -> float:
+        return self._done / self._steps
+
+    @property
+    def seconds_left(self) -> float | None:
+        made = self._done - self._first
+        if made < 5:
+            return None
+        return (time.monotonic() - self._start) / made * (self._steps - self._done)

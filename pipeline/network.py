@@ -1,0 +1,60 @@
+"""Networks of stages: built from a spec, and built again from a record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ..models import build_model
+from ..quant.calibrate import bake
+from ..quant.policy import plan_from_dict
+from ..quant.swap import apply_plan
+from .data import DataBundle
+from .record import MODEL, StageRecord
+from .store import Store
+
+
+def describe_network(model: Mapping[str, Any], data: DataBundle) -> dict[str, Any]:
+    """What `build_network` needs, as JSON values: name, options, and the data's shape."""
+    return {
+        "name": model["name"],
+        "options": dict(model["options"]),
+        "num_classes": data.num_classes,
+        "in_channels": data.in_channels,
+        "image_size": data.image_size,
+    }
+
+
+def build_network(network: Mapping[str, Any], *, seed: int) -> nn.Module:
+    """The FP32 network with fresh weights from a seed, channels last."""
+    model = build_model(
+        network["name"],
+        num_classes=network["num_classes"],
+        in_channels=network["in_channels"],
+        image_size=network["image_size"],
+        options=network["options"],
+        seed=seed,
+    )
+    return model.to(memory_format=torch.channels_last)
+
+
+def load_network(store: Store, record: StageRecord, device: torch.device) -> nn.Module:
+    """A stage's trained network, quantizers and all, in eval mode.
+
+    The stage's record says which layers carry which quantizers, so the weights load strictly.
+    """
+    network = record.network
+    model = build_network(network, seed=0)
+    if network.get("quantization"):
+        model = apply_plan(model, plan_from_dict(network["quantization"]))
+    model.load_state_dict(load_file(store.stages / record.key / MODEL), strict=True)
+    return model.to(device).eval()
+
+
+def load_teacher(store: Store, record: StageRecord, device: torch.device) -> nn.Module:
+    """The same for distillation: weights quantized once, no gradients."""
+    return bake(load_network(store, record, device))

@@ -1,0 +1,188 @@
+"""The accuracy report: one table of a run, or of several, as pandas, text, or a file."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from .errors import ConfigError
+from .files import write_atomic
+from .report_html import html_page
+from .store import Run, Store
+from .store_index import STAGE_COLUMNS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Format = Literal["table", "csv", "json", "markdown", "html", "parquet"]
+FORMATS: tuple[str, ...] = get_args(Format)
+
+COLUMNS = (
+    "run",
+    "stage",
+    "position",
+    "state",
+    "weight_bits",
+    "activation_bits",
+    "weight_quantizer",
+    "activation_quantizer",
+    "teacher",
+    "parent",
+    "epochs",
+    "seed",
+    "train_loss",
+    "val_top1",
+    "test_top1",
+    "test_top5",
+    "deployed_top1",
+    "fp32_top1",
+    "drop",
+    "max_levels",
+    "weight_levels",
+    "activation_levels",
+    "ideal_bytes",
+    "packed_bytes",
+    "compression",
+    "bitops",
+    "seconds",
+    "images_per_second",
+    "device",
+    "key",
+    "sha256",
+    "created",
+    "error",
+)
+
+
+def accuracy_report(store: Store, run: Run | str | None = None) -> pd.DataFrame:
+    """One row per stage in ladder order; accuracies are fractions, FP32 counts as 32 bits.
+
+    Args:
+        run: a run, its id, a prefix, or a name; the newest by default.
+
+    Raises:
+        StoreError: there is no such run.
+    """
+    return reports(store, [run if isinstance(run, Run) else store.run(run)])
+
+
+def reports(store: Store, runs: Sequence[Run]) -> pd.DataFrame:
+    """The reports of several runs under each other, told apart by the column `run`."""
+    import pandas as pd
+
+    rows = [row for run in runs for row in _rows(store, run)]
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    for name, kind in {**STAGE_COLUMNS, "position": int}.items():
+        if kind is int:
+            frame[name] = frame[name].astype("Int64")  # whole numbers stay whole beside nulls
+        elif kind is float:
+            frame[name] = frame[name].astype("float64")
+    for name in ("fp32_top1", "drop"):
+        frame[name] = frame[name].astype("float64")
+    return frame
+
+
+def _rows(store: Store, run: Run) -> list[dict[str, Any]]:
+    rows = store.results(run)
+    planned = run.config.get("ladder", [])
+    fp32 = next(
+        (r["test_top1"] for r in rows if r["weight_bits"] == r["activation_bits"] == 32), None
+    )
+    for row, stage in zip(rows, planned, strict=True):
+        if row["weight_bits"] is None:  # not finished: say what it is to become
+            last = store.progress(row["key"])
+            row |= {name: stage[name] for name in ("weight_bits", "activation_bits")}
+            row |= {"train_loss": last.get("train_loss"), "val_top1": last.get("val_top1")}
+            row |= {"epochs": last.get("epoch", 0), "seed": run.config.get("seed")}
+        row["fp32_top1"] = fp32
+        known = fp32 is not None and row["test_top1"] is not None
+        row["drop"] = fp32 - row["test_top1"] if known else None
+    return rows
+
+
+def render(frame: pd.DataFrame, form: str) -> bytes:
+    """The report as the bytes of a file.
+
+    Raises:
+        ConfigError: unknown format, or the package that a format needs is not installed.
+    """
+    if form == "csv":
+        return frame.to_csv(index=False, lineterminator="\n").encode()
+    if form == "json":
+        records = json.loads(frame.to_json(orient="records", double_precision=15))
+        return (json.dumps(records, indent=1) + "\n").encode()
+    if form == "markdown":
+        return (people(frame).to_markdown(index=False, disable_numparse=True) + "\n").encode()
+    if form == "html":
+        return html_page(frame, people(frame)).encode()
+    if form == "parquet":
+        buffer = io.BytesIO()
+        try:
+            frame.to_parquet(buffer, index=False)
+        except ImportError:
+            message = "parquet needs pyarrow; install it with: pip install 'bitladder[parquet]'"
+            raise ConfigError([message]) from None
+        return buffer.getvalue()
+    raise ConfigError([f"unknown report format {form!r}; known: {', '.join(FORMATS)}"])
+
+
+def write_report(frame: pd.DataFrame, form: str, path: Path) -> Path:
+    """Writes the report to a file, whole or not at all."""
+    data = render(frame, form)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, data)
+    return path
+
+
+def people(frame: pd.DataFrame) -> pd.DataFrame:
+    """The columns that people look at first, as text: percent, kB, seconds."""
+    import pandas as pd
+
+    def text(column: str, form: str, factor: float = 1.0) -> list[str]:
+        values = frame[column]
+        return ["" if pd.isna(v) else format(float(v) * factor, form) for v in values]
+
+    several = frame["run"].nunique() > 1
+    drop = ["" if pd.isna(v) else f"{100 * v:+.2f}" for v in frame["drop"]]
+    columns = {
+        **({"run": list(frame["run"])} if several else {}),
+        "stage": list(frame["stage"]),
+        "state": list(frame["state"]),
+        "W": text("weight_bits", ".0f"),
+        "A": text("activation_bits", ".0f"),
+        "quantizer": [_pair(r) for r in frame.to_dict("records")],
+        "teacher": [_text(v) for v in frame["teacher"]],
+        "epochs": text("epochs", ".0f"),
+        "val %": text("val_top1", ".2f", 100),
+        "test %": text("test_top1", ".2f", 100),
+        "drop": drop,
+        "levels": [_levels(r) for r in frame.to_dict("records")],
+        "size kB": text("ideal_bytes", ".1f", 1e-3),
+        "Gbitops": text("bitops", ".3f", 1e-9),
+        "seconds": text("seconds", ".1f"),
+    }
+    return pd.DataFrame(columns)
+
+
+def _pair(row: dict[str, Any]) -> str:
+    names = [_text(row["weight_quantizer"]), _text(row["activation_quantizer"])]
+    if names[0] == names[1]:
+        return names[0]
+    return " / ".join(name or "-" for name in names)
+
+
+def _levels(row: dict[str, Any]) -> str:
+    """Distinct codes in the fullest scale group, weights / activations."""
+    import pandas as pd
+
+    found = [row["weight_levels"], row["activation_levels"]]
+    if all(pd.isna(v) for v in found):
+        return ""
+    return " / ".join("-" if pd.isna(v) else str(int(v)) for v in found)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,11 @@
+"""Kinds of stages by name. Adding one is adding a file to this folder."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from .base import STAGES, StageContext, StageOutput
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["STAGES", "StageContext", "StageOutput"]

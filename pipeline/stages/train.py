@@ -1,0 +1,223 @@
+"""Train one rung: hand over from the rung above, calibrate, distil, re-estimate, measure."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import Any
+
+from torch import nn
+
+from ...models import load_weights
+from ...quant.calibrate import calibrate, ranges, reestimate_batch_norm
+from ...quant.metrics import bit_operations, ideal_bytes, layer_report
+from ...quant.policy import QuantizerChoice, QuantPolicy, Rule, plan_as_dict
+from ...quant.probing import Probe, probe
+from ...quant.swap import apply_plan, float_state_dict, layer_plan, unquantized
+from ..config import Component, StageConfig
+from ..data.split import Batch
+from ..errors import StageError
+from ..evaluate import evaluate
+from ..fit import EVALUATION_BATCH, fit
+from ..learner import Learner, Objective
+from ..network import build_network, describe_network, load_network, load_teacher
+from ..plan import choose_quantizer
+from ..record import METRICS, MODEL
+from ..tensors import write_tensors
+from .base import STAGES, StageContext, StageOutput
+
+log = logging.getLogger(__name__)
+PROBE_BATCHES = 2
+
+
+@STAGES.register("train")
+def train(context: StageContext) -> StageOutput:
+    """Trains a student from its parent's weights under its teacher, and measures it."""
+    stage, data, device = context.stage, context.data, context.device
+    seed, batch_size = context.spec.options["seed"], data_batch(context)
+    began = time.monotonic()
+    network = describe_network(context.spec.options["model"], data)
+    calibration = data.train.calibration(
+        batch_size, stage.train.calibration_batches, seed=seed, device=device
+    )
+    student = build_network(network, seed=seed)
+    parent = _parent(context)
+    if parent is not None:
+        student.load_state_dict(float_state_dict(parent), strict=True)
+    elif context.weights is not None:
+        load_weights(student, context.weights, key_map=context.spec.options["key_map"])
+    student.to(device)
+    facts = probe(student, calibration[:PROBE_BATCHES])
+    student = _quantize(student, parent, facts, network, context, calibration)
+    teacher = None
+    if "teacher" in context.parents:
+        teacher = load_teacher(context.store, context.parents["teacher"], device)
+    distill = stage.distill if teacher is not None else None
+    learner = Learner(student, Objective(stage.train, distill, stage.bin_regularization))
+    learner.to(device)
+    if context.resume is not None:
+        learner.load_state_dict(context.resume["learner"], strict=True)
+    history = fit(
+        learner,
+        teacher,
+        data,
+        stage,
+        context.around,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        resume=context.resume,
+    )
+    if stage.train.epochs and stage.train.batch_norm_batches:
+        log.debug("phase re-estimation of batch norm")
+        count = stage.train.batch_norm_batches
+        again = data.train.calibration(batch_size, count, seed=seed, device=device)
+        reestimate_batch_norm(student, again)
+    write_tensors(context.around.workdir / MODEL, student.state_dict())
+    metrics = _measure(student, facts, context, history, calibration)
+    metrics["seconds_here"] = round(time.monotonic() - began, 3)
+    return StageOutput((MODEL, METRICS), network, metrics)
+
+
+def data_batch(context: StageContext) -> int:
+    """The training batch size of a stage."""
+    return int(context.spec.options["data"]["batch_size"])
+
+
+def _parent(context: StageContext) -> nn.Module | None:
+    if "init" not in context.parents:
+        return None
+    return load_network(context.store, context.parents["init"], context.device)
+
+
+def _quantize(
+    student: nn.Module,
+    parent: nn.Module | None,
+    facts: Probe,
+    network: dict[str, Any],
+    context: StageContext,
+    calibration: list[Batch],
+) -> nn.Module:
+    """Gives the student its quantizers and their ranges; notes them in `network`."""
+    stage = context.stage
+    network["quantization"] = {}
+    if stage.full_precision:
+        return student
+    plan = policy_of(stage).resolve(facts)
+    network["quantization"] = plan_as_dict(plan)
+    student = apply_plan(student, plan)
+    network["not_quantized"] = unquantized(student)
+    student.to(context.device)
+    if context.resume is not None:
+        return student  # the checkpoint holds the ranges
+    log.debug("phase calibration")
+    calibrate(student, calibration, keep=ranges(parent) if parent is not None else None)
+    if stage.train.batch_norm_batches:
+        reestimate_batch_norm(student, calibration)
+    return student
+
+
+def policy_of(stage: StageConfig) -> QuantPolicy:
+    """A stage's settings as the quantization policy that they mean."""
+    rules = tuple(
+        Rule(
+            match=rule.match,
+            weight_bits=rule.weight_bits,
+            activation_bits=rule.activation_bits,
+            weight=_choice(rule.weight, rule.weight_bits or stage.weight_bits),
+            activation=_choice(rule.activation, rule.activation_bits or stage.activation_bits),
+        )
+        for rule in stage.policy.rules
+    )
+    weight = _choice(stage.quantizer.weight, stage.weight_bits)
+    activation = _choice(stage.quantizer.activation, stage.activation_bits)
+    assert weight is not None
+    assert activation is not None
+    return QuantPolicy(
+        weight_bits=stage.weight_bits,
+        activation_bits=stage.activation_bits,
+        weight=weight,
+        activation=activation,
+        first_last_bits=stage.policy.first_last_bits,
+        shortcut=stage.policy.shortcut,
+        rules=rules,
+    )
+
+
+def _choice(component: Component | None, bits: int) -> QuantizerChoice | None:
+    if component is None:
+        return None
+    chosen = choose_quantizer(component, bits)
+    return QuantizerChoice(chosen.name, chosen.options)
+
+
+def _measure(
+    student: nn.Module,
+    facts: Probe,
+    context: StageContext,
+    history: list[dict[str, Any]],
+    calibration: list[Batch],
+) -> dict[str, Any]:
+    """The row of the results table. Test is read here, once, after the last epoch."""
+    log.debug("phase evaluation")
+    stage, data, device = context.stage, context.data, context.device
+    validation = evaluate(student, data.validation.evaluation_batches(EVALUATION_BATCH, device=device))
+    test = evaluate(student, data.test.evaluation_batches(EVALUATION_BATCH, device=device))
+    layers = _finite(layer_report(student, calibration))
+    seconds = sum(epoch["seconds"] for epoch in history)
+    images = sum(epoch["seconds"] * epoch["images_per_second"] for epoch in history)
+    return {
+        "weight_bits": stage.weight_bits,
+        "activation_bits": stage.activation_bits,
+        "weight_quantizer": _name(stage.quantizer.weight, stage.weight_bits),
+        "activation_quantizer": _name(stage.quantizer.activation, stage.activation_bits),
+        "epochs": stage.train.epochs,
+        "seed": context.spec.options["seed"],
+        "train_loss": history[-1]["train_loss"] if history else None,
+        "val_top1": validation.top1,
+        "val_loss": validation.loss,
+        "test_top1": test.top1,
+        "test_top5": test.top5,
+        "test_loss": test.loss,
+        "test_images": test.images,
+        **_levels(layers, stage, context.around.name),
+        "ideal_bytes": ideal_bytes(student),
+        "bitops": bit_operations(facts, layer_plan(student)),
+        "seconds": round(seconds, 3),
+        "images_per_second": round(images / seconds, 1) if seconds else None,
+        "device": device.type,
+        "layers": layers,
+    }
+
+
+def _finite(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without infinities (an SQNR without noise), which JSON does not have."""
+    return [
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in layer.items()}
+        for layer in layers
+    ]
+
+
+def _name(component: Component, bits: int) -> str | None:
+    return None if bits == 32 else choose_quantizer(component, bits).name
+
+
+def _levels(layers: list[dict[str, Any]], stage: StageConfig, name: str) -> dict[str, int | None]:
+    """The largest number of distinct codes in any scale group, over the layers at the rung's width.
+
+    Raises:
+        StageError: some layer, at whatever width, has more than 2**bits.
+    """
+    found: dict[str, int | None] = {"weight_levels": None, "activation_levels": None}
+    for layer in layers:
+        for half, bits in (("weight", stage.weight_bits), ("activation", stage.activation_bits)):
+            width, levels = layer[f"{half}_bits"], layer[f"{half}_levels"]
+            if levels is None:
+                continue
+            if levels > 2**width:
+                raise StageError(name, f"{layer['layer']} has {levels} {half} levels at {width} bits")
+            if width == bits:
+                found[f"{half}_levels"] = max(found[f"{half}_levels"] or 0, levels)
+    known = [levels for levels in found.values() if levels is not None]
+    return {**found, "max_levels": max(known) if known else None}

@@ -1,0 +1,81 @@
+"""Low-bit quantization of PyTorch networks: methods, module swap, calibration, measures."""
+
+from .calibrate import bake, calibrate, ranges, reestimate_batch_norm
+from .core import WIDTHS, QTensor, Quantizer, Range, Site
+from .layers import QuantLayer
+from .metrics import (
+    bit_operations,
+    effectiveness,
+    ideal_bytes,
+    layer_report,
+    max_levels,
+    sqnr,
+)
+from .policy import (
+    LayerPlan,
+    QuantizerChoice,
+    QuantPolicy,
+    Rule,
+    plan_as_dict,
+    plan_from_dict,
+)
+from .probing import LayerFacts, Probe, probe
+from .quantizers import QUANTIZERS  # importing the folder registers every method
+from .registry import Registry, UnknownNameError
+from .regularizers import (
+    activation_bin_regularization,
+    bin_regularization,
+    collect_inputs,
+    weight_bin_regularization,
+)
+from .swap import (
+    apply_plan,
+    float_state_dict,
+    layer_plan,
+    quant_layers,
+    quantize_model,
+    quantizer_parameters,
+    unquantized,
+)
+
+__all__ = [
+    "QUANTIZERS",
+    "WIDTHS",
+    "LayerFacts",
+    "LayerPlan",
+    "Probe",
+    "QTensor",
+    "QuantLayer",
+    "QuantPolicy",
+    "Quantizer",
+    "QuantizerChoice",
+    "Range",
+    "Registry",
+    "Rule",
+    "Site",
+    "UnknownNameError",
+    "activation_bin_regularization",
+    "apply_plan",
+    "bake",
+    "bin_regularization",
+    "bit_operations",
+    "calibrate",
+    "collect_inputs",
+    "effectiveness",
+    "float_state_dict",
+    "ideal_bytes",
+    "layer_plan",
+    "layer_report",
+    "max_levels",
+    "plan_as_dict",
+    "plan_from_dict",
+    "probe",
+    "quant_layers",
+    "quantize_model",
+    "quantizer_parameters",
+    "ranges",
+    "reestimate_batch_norm",
+    "sqnr",
+    "unquantized",
+    "weight_bin_regularization",
+]

@@ -1,0 +1,151 @@
+"""What all quantizers with one learned step per scale group share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .core import QTensor, Quantizer, Range, Site
+from .functional import (
+    learned_step,
+    per_channel_view,
+    round_to_level,
+    straight_through,
+    to_codes,
+    wide,
+)
+from .initializers import (
+    StepInit,
+    best_step,
+    lsq_step,
+    nmse_step,
+    rows_of,
+    search_candidates,
+    usable,
+)
+
+GradScale = Literal["numel", "channel_count", "none", "numel_per_channel"]
+
+LOWEST_STEP = 1e-4  # of the calibrated step
+
+
+class LearnedStepQuantizer(Quantizer):
+    """A uniform grid whose step is a parameter, trained with the LSQ gradient.
+
+    The step is stored as it is, and is used no smaller than `scale_floor`, a ten-thousandth of
+    its calibrated value, kept in the state dict. The gradient ignores the bound, so that a step
+    which an update threw below it, or below zero, comes back. A learned logarithm would keep it
+    positive too, but would make the learning rate relative and every published recipe different.
+    """
+
+    scale: nn.Parameter
+    scale_floor: Tensor
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        low: float,
+        high: float,
+        midrise: bool,
+        grad_levels: int,
+        per_channel: bool,
+        init: StepInit,
+        grad_scale: GradScale,
+    ) -> None:
+        super().__init__(site, per_channel=per_channel)
+        self.low, self.high, self.midrise = low, high, midrise
+        self.grad_levels = grad_levels  # the Qp of 1 / sqrt(numel * Qp)
+        self.init = init
+        self.grad_scale = grad_scale
+        shape = (site.channels,) if per_channel else ()
+        self.scale = nn.Parameter(torch.ones(shape))
+        self.register_buffer("scale_floor", torch.full(shape, LOWEST_STEP))
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor, *, keep: Range | None = None) -> None:
+        """Sets the step and its lower bound; see `Quantizer.calibrate`."""
+        rows = rows_of(x, channel_axis=self.channel_axis)
+        candidates = self._starts(rows)
+        if keep is not None:
+            candidates = torch.cat([candidates, self._covering(keep, rows)[None]])
+        fits = [usable(step, rows, low=self.low, high=self.high) for step in candidates]
+        step = best_step(
+            rows, torch.stack(fits), low=self.low, high=self.high, midrise=self.midrise
+        ).view_as(self.scale)
+        self.scale.copy_(step)
+        self.scale_floor.copy_(step * LOWEST_STEP)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The quantized values, in the dtype and memory format of `x`, with a gradient."""
+        return learned_step(
+            x,
+            self.scale,
+            self.low,
+            self.high,
+            midrise=self.midrise,
+            grad_scale=self.grad_factor(x),
+            floor=self.scale_floor,
+        )
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> QTensor:
+        """The same values as codes."""
+        step = per_channel_view(self.step(), x)
+        level = round_to_level(wide(x) / step, self.low, self.high, midrise=self.midrise)
+        return QTensor(
+            to_codes(level, self.low, self.bits),
+            step.clone(),
+            bits=self.bits,
+            num_levels=int(self.high - self.low) + 1,
+            zero_point=0.0 - self.low,
+            channel_axis=self.channel_axis,
+        )
+
+    @torch.no_grad()
+    def range(self) -> Range:
+        """Lowest and highest level, () or (channels,)."""
+        step = self.step()
+        return step * self.low, step * self.high
+
+    def step(self) -> Tensor:
+        """The step in use, in the shape of `scale`, without a gradient."""
+        return torch.maximum(self.scale.detach(), self.scale_floor)
+
+    def learned_scale(self, x: Tensor, *, gradient: float | None = None) -> Tensor:
+        """The step in use, with a gradient to `scale`; see `Quantizer.learned_scale`."""
+        factor = self.grad_factor(x) if gradient is None else gradient
+        return per_channel_view(straight_through(self.step(), self.scale * factor), x)
+
+    def grad_factor(self, x: Tensor) -> float:
+        """What the gradient of the step is multiplied by, for an input of this size."""
+        if self.grad_scale == "none":
+            return 1.0
+        numel = x.numel()
+        if self.grad_scale == "numel_per_channel" and self.channel_axis is not None:
+            numel //= x.shape[self.channel_axis]
+        elif self.grad_scale == "channel_count" and self.site.target == "activation":
+            numel = x.shape[1]
+        return float(max(numel, 1) * self.grad_levels) ** -0.5
+
+    def _starts(self, rows: Tensor) -> Tensor:
+        """The steps that the `init` option proposes, (K, groups)."""
+        if self.init == "lsq":
+            return lsq_step(rows, qmax=self.grad_levels)[None]
+        search = search_candidates(rows, low=self.low, high=self.high)
+        if self.bits > 8:  # no table: cover the values, or search
+            return search if self.init == "mse" else search[-1:]
+        table = nmse_step(
+            rows, bits=self.bits, signed=self.signed, centered=self.site.target == "weight"
+        )[None]
+        return torch.cat([table, search]) if self.init == "mse" else table
+
+    def _covering(self, keep: Range, rows: Tensor) -> Tensor:
+        """The step whose range is that of another quantizer, (groups,)."""
+        low, high = (bound.to(rows.device).float().reshape(-1) for bound in keep)
+        step = high / self.high
+        if self.low < 0:
+            step = torch.maximum(step, low / self.low)
+        return step.amax().expand(len(rows)) if len(step) != len(rows) else step

@@ -1,0 +1,212 @@
+"""What a quantized network costs, and how well its values fit their levels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .core import QTensor, Quantizer
+from .policy import LayerPlan
+from .probing import Probe, evaluating, inputs_of
+from .swap import quant_layers, quantizers
+
+SUMMARY = ("scale", "low", "high", "levels", "clipped", "sqnr_db")
+
+
+def max_levels(model: nn.Module, batches: Iterable[Any]) -> dict[str, int]:
+    """Distinct codes that each quantizer used, by name: the most in any scale group.
+
+    Weights are counted as they are, inputs over all `batches`, in evaluation mode.
+    """
+    return {name: seen.levels for name, seen in _watch(model, batches).items()}
+
+
+def layer_report(model: nn.Module, batches: Iterable[Any]) -> list[dict[str, Any]]:
+    """A row for each quantized layer, in the order of the model.
+
+    Keys: layer, weight_bits, activation_bits, weight_quantizer, activation_quantizer (registered
+    names), then for weight_ and activation_: scale (the largest), low, high (of the range),
+    levels, clipped (share outside the range), sqnr_db. What is not quantized has None.
+    """
+    watched = _watch(model, batches)
+    return [
+        _row(name, layer.plan or LayerPlan(), watched)
+        for name, layer in quant_layers(model).items()
+    ]
+
+
+def bit_operations(found: Probe, plan: Mapping[str, LayerPlan]) -> int:
+    """Sum of MACs * weight bits * input bits for one sample; float counts as 32 bits."""
+    total = 0
+    for name, facts in found.layers.items():
+        layer = plan.get(name, LayerPlan())
+        total += facts.macs * layer.weight_bits * layer.activation_bits
+    return total
+
+
+@torch.no_grad()
+def ideal_bytes(model: nn.Module) -> int:
+    """Bytes that the network needs: codes at their width, everything else in float32.
+
+    Counted are packed weights, scales, tensor zero points and codebooks, and every floating
+    parameter and buffer outside the quantizers, tied ones once. Integer buffers (batch counts)
+    are not needed to run it.
+    """
+    total, packed = 0, set()
+    for layer in quant_layers(model).values():
+        if layer.weight_quantizer is not None:
+            q = layer.weight_quantizer.encode(layer.weight)
+            packed.add(layer.weight)
+            total += math.ceil(q.codes.numel() * q.bits / 8) + _side_bytes(q)
+        if layer.input_quantizer is not None:
+            scale_only = torch.zeros(1, 1, 1, 1, device=next(layer.layer.parameters()).device)
+            total += _side_bytes(layer.input_quantizer.encode(scale_only))
+    inside = {
+        tensor
+        for quantizer in quantizers(model).values()
+        for tensor in (*quantizer.parameters(), *quantizer.buffers())
+    }
+    for tensor in {*model.parameters(), *model.buffers()} - inside - packed:
+        total += 4 * tensor.numel() if tensor.is_floating_point() else 0
+    return total
+
+
+@torch.no_grad()
+def sqnr(values: Tensor, quantized: Tensor) -> float:
+    """Signal to quantization noise in decibels; infinite without noise, or without a signal."""
+    noise = (values.float() - quantized.float()).square().sum().double()
+    signal = values.float().square().sum().double()
+    return _decibels(float(signal), float(noise))
+
+
+@torch.no_grad()
+def effectiveness(values: Tensor, q: QTensor) -> float:
+    """How tightly values sit on their levels: 1 all on them, 0 spread evenly between, or worse.
+
+    1 - mean((v - level)^2) / (scale^2 / 12), the denominator being the variance of values that
+    are uniform over a bin; mean over scale groups, not below 0. On a codebook the mean gap
+    between levels stands for the scale.
+
+    Args:
+        values: what was rounded (`Quantizer.latent`), in the shape of `q.codes`.
+        q: the same values encoded.
+    """
+    gap = q.scale
+    if q.codebook is not None:
+        spread = q.codebook.amax(-1) - q.codebook.amin(-1)  # () or (C,)
+        spread = spread if spread.dim() == 0 else spread.view_as(q.scale)
+        gap = gap * spread / max(q.num_levels - 1, 1)
+    relative = (values.float() - q.dequantize()).square() / (gap.square() / 12)
+    return max(0.0, 1.0 - float(relative.mean()))
+
+
+class _Seen:
+    """What one quantizer did with all it was given, summed up tensor by tensor."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self.quantizer = quantizer
+        self.used: Tensor | None = None  # (groups, levels) bool
+        self.clipped = self.count = 0
+        self.signal = self.noise = 0.0
+        self.scale = 0.0
+        self.range = (0.0, 0.0)
+
+    def add(self, x: Tensor) -> None:
+        q = self.quantizer.encode(x)
+        used = _used_codes(q)
+        self.used = used if self.used is None else self.used | used
+        levels = q.dequantize()
+        latent = self.quantizer.latent(x).float()
+        self.signal += float(latent.square().sum().double())
+        self.noise += float((latent - levels).square().sum().double())
+        ends = torch.stack([_end(q, 0), _end(q, q.num_levels - 1)])
+        low, high = ends.amin(0), ends.amax(0)
+        # a value that rounds to the outer level from within half a gap beyond it is not clipped
+        gap = (high - low) / max(q.num_levels - 1, 1) / 2
+        self.clipped += int(((latent < low - gap) | (latent > high + gap)).sum())
+        self.count += x.numel()
+        self.scale = float(q.scale.max())
+        self.range = float(low.min()), float(high.max())
+
+    @property
+    def levels(self) -> int:
+        return 0 if self.used is None else int(self.used.sum(1).max())
+
+    def summary(self) -> dict[str, float]:
+        return {
+            "scale": self.scale,
+            "low": self.range[0],
+            "high": self.range[1],
+            "levels": self.levels,
+            "clipped": self.clipped / self.count,
+            "sqnr_db": _decibels(self.signal, self.noise),
+        }
+
+
+@torch.no_grad()
+def _watch(model: nn.Module, batches: Iterable[Any]) -> dict[str, _Seen]:
+    watched = {name: _Seen(quantizer) for name, quantizer in quantizers(model).items()}
+    of = {seen.quantizer: seen for seen in watched.values()}
+    hooks = []
+    for layer in quant_layers(model).values():
+        if layer.weight_quantizer is not None:
+            of[layer.weight_quantizer].add(layer.weight)
+        if layer.input_quantizer is not None:
+            seen = of[layer.input_quantizer]
+            hooks.append(
+                layer.input_quantizer.register_forward_pre_hook(
+                    lambda _, args, seen=seen: seen.add(args[0])
+                )
+            )
+    try:
+        with evaluating(model):
+            for x in inputs_of(batches, model) if hooks else ():
+                model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return watched
+
+
+def _row(name: str, plan: LayerPlan, watched: Mapping[str, _Seen]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "layer": name,
+        "weight_bits": plan.weight_bits,
+        "activation_bits": plan.activation_bits,
+        "weight_quantizer": plan.weight[0].name if plan.weight else None,
+        "activation_quantizer": plan.activation[0].name if plan.activation else None,
+    }
+    for side, part in (("weight", "weight_quantizer"), ("activation", "input_quantizer")):
+        seen = watched.get(f"{name}.{part}" if name else part)
+        values = seen.summary() if seen and seen.count else dict.fromkeys(SUMMARY)
+        row |= {f"{side}_{key}": value for key, value in values.items()}
+    return row
+
+
+def _decibels(signal: float, noise: float) -> float:
+    return math.inf if noise == 0 or signal == 0 else 10 * math.log10(signal / noise)
+
+
+def _used_codes(q: QTensor) -> Tensor:
+    """Which codes occur, (groups, num_levels)."""
+    axis = q.channel_axis
+    rows = q.codes.reshape(1, -1) if axis is None else q.codes.movedim(axis, 0).flatten(1)
+    used = torch.zeros(len(rows), q.num_levels, dtype=torch.bool, device=rows.device)
+    return used.scatter_(1, rows.long(), True)
+
+
+def _end(q: QTensor, code: int) -> Tensor:
+    """The level of one code, in the shape of the scale."""
+    if q.codebook is None:
+        return q.scale * (code - q.zero_point)
+    level = q.codebook[..., code]  # () or (C,)
+    return q.scale * (level if level.dim() == 0 else level.view_as(q.scale))
+
+
+def _side_bytes(q: QTensor) -> int:
+    tensors = [q.scale, *(t for t in (q.zero_point, q.codebook) if isinstance(t, Tensor))]
+    return sum(4 * t.numel() for t in tensors)

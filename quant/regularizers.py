@@ -1,0 +1,166 @@
+"""Bin regularization: values are pulled to the level that they round to.
+
+Source of all here: Han, Li, Liu, Tian and Shan, ICCV 2021, "Improving Low-Precision Network
+Quantization via Bin Regularization"; for activations the public repositories that followed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .core import QTensor, Quantizer
+from .functional import wide
+from .swap import quant_layers
+
+
+def bin_regularization(values: Tensor, q: QTensor, *, scale: Tensor | None = None) -> Tensor:
+    """Sum over the bins of the mean squared distance of a bin's values from its level.
+
+    That is (mean - level)^2 + variance for each bin, the paper's two terms: empty bins add
+    nothing and every other bin weighs the same. Values beyond the range belong to the outer bins.
+    With a scale per channel, the mean over the channels.
+
+    Args:
+        values: what was rounded, on the scale of the levels (`Quantizer.latent`).
+        q: the same values encoded; codes have the same shape.
+        scale: `q.scale` with a gradient (`Quantizer.learned_scale`), where it is to get one.
+
+    Returns:
+        Scalar, in squared units of `values`; 0 when every value sits on its level.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Differs from the source in: nothing; computed in one pass, in closed form.
+    """
+    if values.shape != q.codes.shape:
+        raise ValueError(f"values are {tuple(values.shape)}, codes {tuple(q.codes.shape)}")
+    return _BinRegularization.apply(values, scale, q)
+
+
+def weight_bin_regularization(
+    model: nn.Module, *, attach_scale: bool = True, grad_scale: float | None = None
+) -> Tensor:
+    """The sum of `bin_regularization` over all quantized weights of `model`.
+
+    Args:
+        model: with `QuantLayer`s.
+        attach_scale: whether learned steps get a gradient too.
+        grad_scale: factor on that gradient; None takes the factor of the quantizer's own
+            gradient. With 1.0 it can exceed the task's by a factor of 1000.
+    """
+    device = next(model.parameters()).device
+    total = torch.zeros((), device=device)
+    for layer in quant_layers(model).values():
+        if layer.weight_quantizer is not None:
+            weight = layer.weight
+            total = total + _pull(layer.weight_quantizer, weight, attach_scale, grad_scale)
+    return total
+
+
+def activation_bin_regularization(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    *,
+    attach_scale: bool = False,
+    grad_scale: float | None = None,
+) -> Tensor:
+    """The sum of `bin_regularization` over the inputs that `collect_inputs` gathered.
+
+    Args: see `weight_bin_regularization`; steps get no gradient unless asked for.
+    """
+    device = next(model.parameters()).device
+    total = torch.zeros((), device=device)
+    for name, x in inputs.items():
+        quantizer = model.get_submodule(name.partition("#")[0])
+        assert isinstance(quantizer, Quantizer)
+        total = total + _pull(quantizer, x, attach_scale, grad_scale)
+    return total
+
+
+@contextmanager
+def collect_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Gathers what each input quantizer is about to round, with its gradient, while open.
+
+    The dictionary, quantizer name -> tensor, is emptied as each forward pass of `model` begins:
+    it holds one activation map a layer. A quantizer that runs twice in a pass comes as `name` and
+    `name#2`. Nothing is gathered where gradients are off.
+    """
+    gathered: dict[str, Tensor] = {}
+
+    def clear(*_: Any) -> None:
+        gathered.clear()
+
+    def look(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if torch.is_grad_enabled():
+                times = 1 + sum(key.partition("#")[0] == name for key in gathered)
+                gathered[name if times == 1 else f"{name}#{times}"] = args[0]
+
+        return hook
+
+    hooks = [model.register_forward_pre_hook(clear, prepend=True)]
+    for name, layer in quant_layers(model).items():
+        if layer.input_quantizer is not None:
+            full = f"{name}.input_quantizer" if name else "input_quantizer"
+            hooks.append(layer.input_quantizer.register_forward_pre_hook(look(full)))
+    try:
+        yield gathered
+    finally:
+        gathered.clear()
+        for handle in hooks:
+            handle.remove()
+
+
+def _pull(quantizer: Quantizer, x: Tensor, attach: bool, gradient: float | None) -> Tensor:
+    scale = quantizer.learned_scale(x, gradient=gradient) if attach else None
+    return bin_regularization(quantizer.latent(x), quantizer.encode(x), scale=scale)
+
+
+class _BinRegularization(torch.autograd.Function):
+    """Loss = sum of (v - level)^2 / members of the bin, so both gradients fall out of one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scale: Tensor | None, q: QTensor) -> Tensor:
+        level = q.dequantize()
+        distance = wide(values) - level
+        pull = distance * _share(q)
+        ctx.values_dtype = values.dtype
+        grad_scale = None
+        if scale is not None:
+            grad_scale = -2 * _sum_to(pull * level, q) / q.scale
+            grad_scale = grad_scale.view(scale.shape)
+        ctx.save_for_backward(pull, grad_scale)
+        return (distance * pull).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        pull, grad_scale = ctx.saved_tensors
+        grad_values = (pull * (2 * grad)).to(ctx.values_dtype)
+        return grad_values, None if grad_scale is None else grad_scale * grad, None
+
+
+def _share(q: QTensor) -> Tensor:
+    """1 / (members of the value's bin * scale groups), in the shape of the codes."""
+    codes = q.codes.int()
+    groups = 1
+    if q.channel_axis is not None:
+        groups = codes.shape[q.channel_axis]
+        shape = [1] * codes.dim()
+        shape[q.channel_axis] = groups
+        first = torch.arange(groups, device=codes.device, dtype=torch.int32) * q.num_levels
+        codes = codes + first.view(shape)
+    members = torch.bincount(codes.flatten(), minlength=groups * q.num_levels)
+    return (1.0 / (members.clamp_min(1) * groups).float())[codes]
+
+
+def _sum_to(x: Tensor, q: QTensor) -> Tensor:
+    """The sum over each scale group, in the shape of the scale."""
+    if q.channel_axis is None:
+        return x.sum().view_as(q.scale)
+    return x.movedim(q.channel_axis, 0).flatten(1).sum(1).view_as(q.scale)

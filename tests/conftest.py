@@ -1,0 +1,26 @@
+"""The environment of all tests; set here, before anything imports torch or prefect."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+from hypothesis import settings
+
+_home = tempfile.TemporaryDirectory(prefix="bitladder-prefect-", ignore_cleanup_errors=True)
+
+os.environ |= {
+    "PREFECT_HOME": _home.name,  # nothing is read from or left in the user's own
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",  # a flow called by accident fails at once
+    "DO_NOT_TRACK": "1",
+}
+os.environ.pop("PREFECT_API_URL", None)  # a server that happens to run is not a test's business
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # sums depend on the number of threads
+
+settings.register_profile("bitladder", deadline=None)  # a busy machine is no failure
+settings.load_profile("bitladder")
+
+
+def pytest_unconfigure() -> None:
+    _home.cleanup()

@@ -1,0 +1,244 @@
+"""These start real servers: a new one answers after 4 s on an idle machine."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from bitladder.flows.prefect_ladder import run_flow
+from bitladder.flows.prefect_server import TemporaryServer, configured_url, temporary_api
+from bitladder.pipeline.errors import BitladderError
+from bitladder.pipeline.events import Event
+
+STAGES = [{"name": "fp32"}, {"name": "w8a8"}]
+
+
+@pytest.fixture(scope="module")
+def home(request):
+    """A PREFECT_HOME that later test runs find again: making its database takes 14 s."""
+    from importlib.metadata import version
+
+    with pytest.MonkeyPatch.context() as patch:
+        folder = request.config.cache.mkdir(f"prefect-{version('prefect')}")
+        patch.setenv("PREFECT_HOME", str(folder))
+        patch.delenv("PREFECT_API_URL", raising=False)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def server(home, tmp_path_factory):
+    server = TemporaryServer(tmp_path_factory.mktemp("server") / "server.log")
+    try:
+        server.start()
+        server.wait()
+        yield server
+    finally:
+        server.stop()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def run_one(stage, tell):
+    position = [each["name"] for each in STAGES].index(stage["name"])
+    about = {"stage": stage["name"], "position": position, "stages": 2, "epochs": 1}
+    tell(Event("started", **about))
+    tell(Event("epoch", epoch=1, fraction=1.0, accuracy=0.9, **about))
+    tell(Event("finished", metrics={"test_top1": 0.9125}, **about))
+    return {"name": stage["name"], "sha256": "0f"}
+
+
+def read_run(server, run_id):
+    """The flow run so named, its task runs by start, its artifacts by key."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import (
+        ArtifactFilter,
+        ArtifactFilterFlowRunId,
+        FlowRunFilter,
+        FlowRunFilterName,
+    )
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with (
+        temporary_settings({PREFECT_API_URL: server.url}),
+        get_client(sync_client=True) as client,
+    ):
+        named = FlowRunFilter(name=FlowRunFilterName(any_=[run_id]))
+        [run] = client.read_flow_runs(flow_run_filter=named)
+        tasks = client.read_task_runs(flow_run_filter=named)
+        artifacts = client.read_artifacts(
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
+        )
+    return run, sorted(tasks, key=lambda t: t.start_time), {a.key: a for a in artifacts if a.key}
+
+
+@pytest.mark.flow
+def test_a_temporary_server_answers_and_is_gone_after_its_context(home, tmp_path):
+    with temporary_api(tmp_path) as api:
+        url = api.wait()
+        pid = api.pid
+        assert url.startswith("http://127.0.0.1:")
+        assert is_alive(pid)
+    assert not is_alive(pid)
+
+
+@pytest.mark.flow
+@pytest.mark.parametrize("ready", [False, True], ids=["starting", "answering"])
+def test_a_killed_ladder_leaves_no_server_and_no_open_pipe(home, tmp_path, ready):
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from bitladder.flows.prefect_server import temporary_api\n"
+        "with temporary_api(Path(sys.argv[1])) as api:\n"
+        f"    {ready} and api.wait()\n"
+        "    print(api.pid, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as ladder:
+        pid = int(ladder.stdout.readline())
+        assert is_alive(pid)
+        ladder.send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        ladder.stdout.read()  # returns when nobody holds the other end any more
+        while is_alive(pid) and time.monotonic() - killed < 10:
+            time.sleep(0.05)
+        assert time.monotonic() - killed < 5
+
+
+@pytest.mark.flow
+def test_a_server_that_cannot_start_says_why_and_the_way_out(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("a file where Prefect wants a folder")
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "file"))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    server = TemporaryServer(tmp_path / "server.log")
+    try:
+        server.start()
+        with pytest.raises(BitladderError, match=r"(?s)--runner plain.*NotADirectoryError"):
+            server.wait()
+    finally:
+        server.stop()
+
+
+def test_a_configured_server_that_does_not_answer_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    with (
+        temporary_api(tmp_path) as api,
+        pytest.raises(BitladderError, match=r"http://127\.0\.0\.1:9/api.*unset PREFECT_API_URL"),
+    ):
+        api.wait()
+
+
+def test_a_profile_can_name_the_server(monkeypatch, tmp_path):
+    profile = '[profiles.lab]\nPREFECT_API_URL = "http://lab:4200/api"\n'
+    (tmp_path / "profiles.toml").write_text(f'active = "lab"\n\n{profile}')
+    script = "from bitladder.flows.prefect_server import configured_url as f; print(f())"
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path)}
+    environment.pop("PREFECT_API_URL", None)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "http://lab:4200/api"
+
+
+def test_where_nothing_names_a_server_prefect_is_not_imported_to_find_out(monkeypatch, tmp_path):
+    for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "PREFECT_PROFILES_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "prefect.settings", None)  # an import of it would fail
+    assert configured_url() is None
+
+
+@pytest.mark.flow
+def test_a_flow_gives_the_records_in_order_and_shows_tasks_and_artifacts(server):
+    heard = []
+    records = run_flow(
+        "digits-1a2b3c4d", "store", STAGES, run_one, api_url=server.url, listener=heard.append
+    )
+    run, tasks, artifacts = read_run(server, "digits-1a2b3c4d")
+    assert records == [{"name": "fp32", "sha256": "0f"}, {"name": "w8a8", "sha256": "0f"}]
+    assert [event.kind for event in heard] == ["started", "epoch", "finished"] * 2
+    assert run.state.is_completed()
+    assert {"digits-1a2b3c4d", "bitladder"} <= set(run.tags)
+    assert run.parameters == {"run_id": "digits-1a2b3c4d", "store": "store", "stages": STAGES}
+    assert [(task.name, task.state_name) for task in tasks] == [
+        ("0-fp32", "Completed"),
+        ("1-w8a8", "Completed"),
+    ]
+    assert sorted(artifacts) == [
+        f"digits-1a2b3c4d-{stage}-{what}"
+        for stage in ("0-fp32", "1-w8a8")
+        for what in ("progress", "report", "table")
+    ]
+    assert artifacts["digits-1a2b3c4d-1-w8a8-progress"].data == 100
+    assert "| test_top1 | 91.25 % |" in artifacts["digits-1a2b3c4d-1-w8a8-report"].data
+
+
+class Unusual(Exception):
+    """Cannot be pickled, copied or built from its arguments, as some are."""
+
+    def __init__(self, *, lock):
+        super().__init__()
+        self.lock = lock
+
+
+@pytest.mark.flow
+@pytest.mark.parametrize("error", [Unusual(lock=iter([])), KeyboardInterrupt()], ids=["own", "^C"])
+def test_an_error_comes_out_as_itself_and_the_run_is_recorded(server, capfd, error):
+    def fail(stage, tell):
+        if stage["name"] == "w8a8":
+            raise error
+        return {}
+
+    run_id = f"error-{type(error).__name__.lower()}"
+    with pytest.raises(type(error)) as caught:
+        run_flow(run_id, "store", STAGES, fail, api_url=server.url)
+    run, tasks, _ = read_run(server, run_id)
+    assert caught.value is error
+    assert run.state.is_failed() or run.state.is_crashed()
+    assert tasks[0].state.is_completed()
+    assert not tasks[1].state.is_completed()
+    assert capfd.readouterr() == ("", "")  # the command line says it, once
+
+
+@pytest.mark.flow
+def test_the_callers_sigterm_handler_is_in_effect_while_a_stage_runs(server):
+    stopped = []
+
+    def run_and_stop(stage, tell):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"stopped": len(stopped)}
+
+    handler = lambda number, frame: stopped.append(number)  # noqa: E731
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        records = run_flow("sigterm-0", "store", STAGES, run_and_stop, api_url=server.url)
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert records == [{"stopped": 1}, {"stopped": 2}]
+
+
+@pytest.mark.flow
+def test_a_server_that_dies_takes_nothing_with_it(home, tmp_path, caplog):
+    server = TemporaryServer(tmp_path / "server.log")
+
+    def kill_and_run(stage, tell):
+        server.stop()
+        return run_one(stage, tell)
+
+    try:
+        server.start()
+        records = run_flow("dies-0", "store", STAGES, kill_and_run, api_url=server.wait())
+    finally:
+        server.stop()
+    assert [record["name"] for record in records] == ["fp32", "w8a8"]
+    assert len([r for r in caplog.records if "takes no artifacts" in r.message]) == 1

@@ -1,0 +1,117 @@
+import pytest
+from bitladder.pipeline.config_load import load_config, parse_config, shipped_configs
+from bitladder.pipeline.errors import ConfigError
+
+BASE = {
+    "name": "t",
+    "data": {"name": "digits"},
+    "model": {"name": "tiny_convnet"},
+    "ladder": [
+        {"weight_bits": 32, "activation_bits": 32, "epochs": 2},
+        {"weight_bits": 4, "activation_bits": 4},
+    ],
+}
+
+
+def errors_of(raw):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(raw)
+    return caught.value.errors
+
+
+def rungs(*changes):
+    return {**BASE, "ladder": [{**BASE["ladder"][0]}, *changes]}
+
+
+@pytest.mark.parametrize("name", list(shipped_configs()))
+def test_every_shipped_config_loads(name):
+    assert load_config(name).ladder
+
+
+def test_a_rung_says_only_what_differs():
+    train = {"epochs": 7, "optimizer": {"lr": 0.5, "weight_decay": 0.125}}
+    own = {"weight_bits": 2, "activation_bits": 8, "train": {"optimizer": {"lr": 0.25}}}
+    config = parse_config({**rungs(own), "train": train})
+    assert config.ladder[1].train.epochs == 7
+    assert config.ladder[1].train.optimizer.lr == 0.25
+    assert config.ladder[1].train.optimizer.weight_decay == 0.125
+    assert config.ladder[0].train.epochs == 2
+    assert [stage.name for stage in config.ladder] == ["fp32", "w2a8"]
+
+
+def test_another_loss_does_not_inherit_the_options_of_the_first():
+    own = {"weight_bits": 4, "activation_bits": 4, "distill": {"loss": "cross_entropy"}}
+    config = parse_config({**rungs(own), "distill": {"loss": "kl", "temperature": 2.0}})
+    assert config.ladder[1].distill.options == {}
+    assert config.ladder[0].distill.options == {"temperature": 2.0}
+
+
+def test_a_quantizer_may_be_one_name_or_one_for_each_half():
+    one = parse_config(rungs({"weight_bits": 4, "activation_bits": 4, "quantizer": "dorefa"}))
+    assert one.ladder[1].quantizer.weight.name == one.ladder[1].quantizer.activation.name
+    halves = {"weight": {"name": "lsq", "per_channel": True}, "activation": "dorefa"}
+    two = parse_config(rungs({"weight_bits": 4, "activation_bits": 4, "quantizer": halves}))
+    assert two.ladder[1].quantizer.weight.options == {"per_channel": True}
+    assert two.ladder[1].quantizer.activation.name == "dorefa"
+
+
+def test_all_mistakes_come_at_once_with_their_paths():
+    raw = {
+        **rungs({"weight_bits": 9, "activation_bits": 4}, {"weight_bits": 4, "epochs": "ten"}),
+        "sed": 1,
+        "train": {"optimizer": {"lr": "fast"}},
+        "model": {"name": "tiny_convnet", "widht": 4},
+        "data": {"name": "digit"},
+    }
+    text = "\n".join(errors_of(raw))
+    for path in (
+        "ladder.1.weight_bits:",
+        "ladder.2.activation_bits: is missing",
+        "ladder.2.epochs:",
+        "unknown key 'sed'; did you mean 'seed'?",
+        "train.optimizer.lr:",
+        "model.widht: unknown option",
+        "data: unknown data set 'digit'; did you mean 'digits'?",
+    ):
+        assert path in text, text
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({**BASE, "ladder": []}, "ladder: has no stage"),
+        ({k: v for k, v in BASE.items() if k != "ladder"}, "ladder: is missing"),
+        ({**BASE, "ladder": {"a": 1}}, "ladder: must be a list"),
+        (rungs("w4a4"), "ladder.1: must be a mapping"),
+        (rungs({"weight_bits": 4, "activation_bits": 4, "epoch": 3}), "did you mean 'epochs'?"),
+        (rungs({"weight_bits": 4, "activation_bits": 4, "quantizer": "lqs"}), "mean 'lsq'?"),
+        (rungs({"weight_bits": 1, "activation_bits": 1, "quantizer": "lsq"}), "uniq"),
+        (rungs({"weight_bits": True, "activation_bits": 4}), "ladder.1.weight_bits"),
+        (rungs({"weight_bits": 4, "activation_bits": 4, "epochs": -1}), "ladder.1.epochs"),
+        ({**BASE, "seed": float("nan")}, "seed: must be a finite number"),
+        ({**BASE, "name": "a/b"}, "name:"),
+        ({**BASE, "model": {"name": "tiny_convnet", "weights": "no.pt"}}, "no such file: no.pt"),
+        (
+            rungs({"weight_bits": 4, "activation_bits": 4, "name": "fp32"}),
+            "ladder.1.name: 'fp32' is used twice",
+        ),
+    ],
+)
+def test_a_mistake_is_named(raw, message):
+    assert message in "\n".join(errors_of(raw))
+
+
+def test_a_teacher_that_does_not_exist_is_named():
+    rung = {"weight_bits": 8, "activation_bits": 8, "teacher": "fp32"}
+    assert "'fp32' needs a rung above" in errors_of({**BASE, "ladder": [rung]})[0]
+
+
+def test_what_a_run_stores_loads_again_as_the_same_config():
+    config = load_config("digits", ["ladder.3.bin_regularization={weight: 1.0}", "seed=3"])
+    assert parse_config(config.model_dump(mode="json")) == config
+
+
+def test_a_mistake_above_the_ladder_is_said_once():
+    found = errors_of({**BASE, "train": {"optimizer": {"lr": -1.0}}})
+    assert len(found) == 1
+    assert found[0].startswith("train.optimizer.lr:")
