@@ -137,7 +137,9 @@ def report(
 @app.command()
 def evaluate(
     run: RunArgument = None,
-    stage: Annotated[str | None, typer.Option(help="One stage; default: all that are done.")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="One stage; default: all that are done.")
+    ] = None,
     store: StoreOption = DEFAULT_STORE,
     database: DatabaseOption = None,
     verbose: VerboseOption = False,

@@ -201,7 +201,16 @@ def evaluate_run(name: str | None, stage: str | None, store: Store) -> None:
 
 def _layers(layers: Sequence[dict[str, Any]]) -> Table:
     table = Table()
-    for column in ("layer", "of", "bits", "quantizer", "scale", "clip range", "levels", "clipped %"):
+    for column in (
+        "layer",
+        "of",
+        "bits",
+        "quantizer",
+        "scale",
+        "clip range",
+        "levels",
+        "clipped %",
+    ):
         table.add_column(column, justify="left" if column in ("layer", "of") else "right")
     for layer in layers:
         for half in ("weight", "activation"):

@@ -40,7 +40,9 @@ def show_components(kind: str | None, name: str | None) -> None:
         _configs(console)
     elif kind is not None and name is not None:
         if kind == "configs" or name not in KINDS[kind]:
-            raise ConfigError([unknown(kind, name, shipped_configs() if kind == "configs" else KINDS[kind])])
+            raise ConfigError(
+                [unknown(kind, name, shipped_configs() if kind == "configs" else KINDS[kind])]
+            )
         _one(console, KINDS[kind][name])
     else:
         for each, registry in KINDS.items():

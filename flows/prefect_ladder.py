@@ -58,13 +58,18 @@ def run_flow(
     from prefect import tags as tagged
     from prefect.cache_policies import NO_CACHE
     from prefect.exceptions import TerminationSignal
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
+    settings = temporary_settings(
+        {PREFECT_API_URL: api_url},
+        # Prefect's five would hold training up for a minute at each call to a dead server
+        set_defaults={PREFECT_CLIENT_MAX_RETRIES: 2},
+    )
     records: list[Record] = []
     causes: list[BaseException] = []
     artifacts = _Artifacts(run_id)
     hear = broadcast(listener, artifacts)
-    signals = _Handlers()
+    sigterm = _SigtermHandler()
 
     @task(name="stage", cache_policy=NO_CACHE, persist_result=False, retries=0)
     def stage(stage: Stage, store: str) -> Record:
@@ -79,18 +84,13 @@ def run_flow(
 
     @flow(name="ladder", flow_run_name=lambda: run_id, persist_result=False, retries=0)
     def ladder(run_id: str, store: str, stages: list[Stage]) -> None:
-        with signals.installed():
+        with sigterm.installed():
             for position, spec in enumerate(stages):
-                task_run_name = f"{position}-{spec['name']}"
-                stage.with_options(task_run_name=task_run_name)(spec, store)
+                name = f"{position}-{spec['name']}".replace("{", "{{").replace("}", "}}")
+                stage.with_options(task_run_name=name)(spec, store)  # a format string
 
     try:
-        with (
-            temporary_settings({PREFECT_API_URL: api_url}),
-            tagged(run_id, "bitladder", *tags),
-            _quiet_run_loggers(),
-            _drained(),
-        ):
+        with settings, tagged(run_id, "bitladder", *tags), _quiet(), _drained():
             ladder(run_id, store, list(stages))
     except TerminationSignal as error:
         if len(records) < len(stages):
@@ -104,8 +104,8 @@ def run_flow(
     return records + [run_one(spec, listener) for spec in stages[len(records) :]]
 
 
-class _Handlers:
-    """The signal handlers of now, to be put back where Prefect has installed its own.
+class _SigtermHandler:
+    """The SIGTERM handler of now, to be put back where Prefect has installed its own.
 
     Prefect turns SIGTERM into an exception wherever it strikes, in the middle of writing a
     checkpoint too; the caller's handler knows better when to stop.
@@ -128,7 +128,10 @@ class _Handlers:
 
 
 class _Artifacts:
-    """Shows a run's stages as Prefect artifacts: a listener. Never raises an error."""
+    """Shows a run's stages as Prefect artifacts: a listener.
+
+    Never raises: at the first failure it warns, and stays silent from then on.
+    """
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
@@ -139,7 +142,7 @@ class _Artifacts:
         self._tell = filled(throttled(self._show, seconds=ARTIFACT_SECONDS))
 
     def __call__(self, event: Event) -> None:
-        self._tell(event)
+        self._tell(event)  # training waits meanwhile: 7 ms every `ARTIFACT_SECONDS`
 
     def stage_done(self, position: int, name: str, record: Record) -> None:
         """Writes the table of all rows so far and the stage's own page."""
@@ -180,7 +183,7 @@ class _Artifacts:
         try:
             return call(*args, **options)
         except Exception as error:
-            self._works = False  # for good: each further call might wait for a dead server
+            self._works = False  # for good: each further call would wait for a dead server
             log.warning("Prefect takes no artifacts (%s); the ladder goes on", error)
             return None
 
@@ -201,7 +204,7 @@ def _cell(name: str, value: Any) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_run_loggers() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Sends what Prefect says about runs to its server only.
 
     On the terminal it would repeat our own lines, with a traceback for each error, across the

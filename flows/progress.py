@@ -181,11 +181,11 @@ def _columns(width: int) -> list[ProgressColumn]:
 
     columns: list[ProgressColumn] = [
         text("{task.description}"),
-        BarColumn(bar_width=None) if width >= 92 else text("{task.percentage:>3.0f} %"),
+        BarColumn(bar_width=None) if width >= 72 else text("{task.percentage:>3.0f} %"),
     ]
     if width >= 46:
         columns.append(text("{task.fields[epoch]}"))
-    if width >= 100:
+    if width >= 80:
         columns.append(text("{task.fields[loss]}"))
     if width >= 66:
         columns.append(text("{task.fields[accuracy]}"))

@@ -126,9 +126,7 @@ def _unique(name: str, taken: set[str], *, given: bool) -> str | None:
 def _short_forms(key: str, value: Any) -> Any:
     """`epochs: 5` for `train: {epochs: 5}`, `quantizer: lsq` for both of its halves, and the like."""
     if key == "quantizer":
-        if isinstance(value, str):
-            value = {"weight": value, "activation": value}
-        elif isinstance(value, dict) and "name" in value:
+        if isinstance(value, str) or (isinstance(value, dict) and "name" in value):
             value = {"weight": value, "activation": value}
         if isinstance(value, dict):
             return {k: _named(v) for k, v in value.items()}

@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from ..quant.registry import Entry, Registry, UnknownNameError, unknown
 
-
 Mistake = tuple[str, str]  # the key ("" for the part as a whole), and what is wrong
 
 

@@ -9,17 +9,19 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def first_non_finite(model: nn.Module, x: Tensor) -> str:
+def first_non_finite(model: nn.Module, x: Tensor | None) -> str:
     """Names the first parameter or layer output that is not finite, in words.
 
     Args:
-        x: the images that gave the bad loss, (N, C, H, W).
+        x: the images that gave the bad loss, (N, C, H, W), if they are still there.
     """
-    if not bool(x.isfinite().all()):
+    if x is not None and not bool(x.isfinite().all()):
         return "the images themselves are not finite"
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             return f"the parameter {name} is not finite"
+    if x is None:
+        return "all parameters are finite"
     found: list[str] = []
 
     def look(name: str) -> Any:

@@ -98,6 +98,7 @@ def fit(
     saved = time.monotonic()
     bins = stage.bin_regularization
     frozen = False
+    x: Tensor | None = None  # a checkpoint may lie after an epoch's last batch
     _write_history(around.workdir, at.history)
     while at.epoch < stage.train.epochs:
         learner.train()
@@ -210,7 +211,12 @@ def _total(at: Position) -> Tensor:
 
 
 def _require_finite(
-    loss: Tensor, learner: Learner, x: Tensor, around: Surroundings, at: Position, per_epoch: int
+    loss: Tensor,
+    learner: Learner,
+    x: Tensor | None,
+    around: Surroundings,
+    at: Position,
+    per_epoch: int,
 ) -> None:
     if math.isfinite(float(loss.detach())):
         return

@@ -1,10 +1,10 @@
 """The store: a folder per stage, an index over them, and the runs that refer to them.
 
-    results.db                 an index; rebuilt from the rest when missing or torn
-    stages/<key>/              a committed stage: never changes
-    stages/<key>.part/         work in progress
-    stages/<key>.bad-<n>/      set aside: damaged, or made from a parent that has since changed
-    reports/<run>/run.json     a run: its config and its stages' keys
+results.db                 an index; rebuilt from the rest when missing or torn
+stages/<key>/              a committed stage: never changes
+stages/<key>.part/         work in progress
+stages/<key>.bad-<n>/      set aside: damaged, or made from a parent that has since changed
+reports/<run>/run.json     a run: its config and its stages' keys
 """
 
 from __future__ import annotations

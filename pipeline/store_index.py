@@ -26,8 +26,8 @@ from sqlalchemy import (
     create_engine,
     delete,
     event,
-    inspect,
     insert,
+    inspect,
     select,
     text,
 )
@@ -198,9 +198,7 @@ class Index:
             connection.execute(insert(_meta).values(schema_version=SCHEMA_VERSION))
         return engine
 
-    def synchronise(
-        self, keys: Iterable[str], read: Callable[[str], StageRecord | None]
-    ) -> None:
+    def synchronise(self, keys: Iterable[str], read: Callable[[str], StageRecord | None]) -> None:
         """Adds stages that the folders have and the index lacks, and drops those that are gone."""
         if not self.exists() and not list(keys):
             return

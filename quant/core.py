@@ -52,6 +52,16 @@ class QTensor:
         moved = self.codes.movedim(self.channel_axis, 0).shape
         return self.scale * values.view(moved).movedim(0, self.channel_axis)
 
+    def levels(self) -> Tensor:
+        """What each code stands for, (groups, num_levels): one row for each scale."""
+        scale = self.scale.reshape(-1, 1)
+        if self.codebook is not None:
+            return scale * self.codebook
+        zero = self.zero_point
+        zero = zero.reshape(-1, 1) if isinstance(zero, Tensor) else zero
+        codes = torch.arange(self.num_levels, device=scale.device, dtype=scale.dtype)
+        return scale * (codes - zero)
+
 
 @dataclass(frozen=True)
 class Site:

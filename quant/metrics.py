@@ -87,19 +87,15 @@ def sqnr(values: Tensor, quantized: Tensor) -> float:
 def effectiveness(values: Tensor, q: QTensor) -> float:
     """How tightly values sit on their levels: 1 all on them, 0 spread evenly between, or worse.
 
-    1 - mean((v - level)^2) / (scale^2 / 12), the denominator being the variance of values that
-    are uniform over a bin; mean over scale groups, not below 0. On a codebook the mean gap
-    between levels stands for the scale.
+    1 - mean((v - level)^2 / (gap^2 / 12)), the denominator being the variance of values that are
+    uniform over a bin, and the gap the mean distance between two levels. Not below 0.
 
     Args:
         values: what was rounded (`Quantizer.latent`), in the shape of `q.codes`.
         q: the same values encoded.
     """
-    gap = q.scale
-    if q.codebook is not None:
-        spread = q.codebook.amax(-1) - q.codebook.amin(-1)  # () or (C,)
-        spread = spread if spread.dim() == 0 else spread.view_as(q.scale)
-        gap = gap * spread / max(q.num_levels - 1, 1)
+    table = q.levels()
+    gap = _beside((table.amax(1) - table.amin(1)) / max(q.num_levels - 1, 1), q)
     relative = (values.float() - q.dequantize()).square() / (gap.square() / 12)
     return max(0.0, 1.0 - float(relative.mean()))
 
@@ -119,12 +115,11 @@ class _Seen:
         q = self.quantizer.encode(x)
         used = _used_codes(q)
         self.used = used if self.used is None else self.used | used
-        levels = q.dequantize()
         latent = self.quantizer.latent(x).float()
         self.signal += float(latent.square().sum().double())
-        self.noise += float((latent - levels).square().sum().double())
-        ends = torch.stack([_end(q, 0), _end(q, q.num_levels - 1)])
-        low, high = ends.amin(0), ends.amax(0)
+        self.noise += float((latent - q.dequantize()).square().sum().double())
+        table = q.levels()
+        low, high = (_beside(end, q) for end in (table.amin(1), table.amax(1)))
         # a value that rounds to the outer level from within half a gap beyond it is not clipped
         gap = (high - low) / max(q.num_levels - 1, 1) / 2
         self.clipped += int(((latent < low - gap) | (latent > high + gap)).sum())
@@ -199,12 +194,11 @@ def _used_codes(q: QTensor) -> Tensor:
     return used.scatter_(1, rows.long(), True)
 
 
-def _end(q: QTensor, code: int) -> Tensor:
-    """The level of one code, in the shape of the scale."""
-    if q.codebook is None:
-        return q.scale * (code - q.zero_point)
-    level = q.codebook[..., code]  # () or (C,)
-    return q.scale * (level if level.dim() == 0 else level.view_as(q.scale))
+def _beside(values: Tensor, q: QTensor) -> Tensor:
+    """One value for each scale group, (groups,), in a shape that goes with the codes."""
+    if q.channel_axis is None:
+        return values.squeeze()
+    return values.view([-1 if i == q.channel_axis else 1 for i in range(q.codes.dim())])
 
 
 def _side_bytes(q: QTensor) -> int:

@@ -162,7 +162,9 @@ def _measure(
     """The row of the results table. Test is read here, once, after the last epoch."""
     log.debug("phase evaluation")
     stage, data, device = context.stage, context.data, context.device
-    validation = evaluate(student, data.validation.evaluation_batches(EVALUATION_BATCH, device=device))
+    validation = evaluate(
+        student, data.validation.evaluation_batches(EVALUATION_BATCH, device=device)
+    )
     test = evaluate(student, data.test.evaluation_batches(EVALUATION_BATCH, device=device))
     layers = _finite(layer_report(student, calibration))
     seconds = sum(epoch["seconds"] for epoch in history)
@@ -216,7 +218,9 @@ def _levels(layers: list[dict[str, Any]], stage: StageConfig, name: str) -> dict
             if levels is None:
                 continue
             if levels > 2**width:
-                raise StageError(name, f"{layer['layer']} has {levels} {half} levels at {width} bits")
+                raise StageError(
+                    name, f"{layer['layer']} has {levels} {half} levels at {width} bits"
+                )
             if width == bits:
                 found[f"{half}_levels"] = max(found[f"{half}_levels"] or 0, levels)
     known = [levels for levels in found.values() if levels is not None]

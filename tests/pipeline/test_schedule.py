@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 from bitladder.pipeline.config import ScheduleConfig
 from bitladder.pipeline.schedule import lr_factor
@@ -21,7 +23,7 @@ def test_warmup_rises_linearly_to_the_full_rate():
     factors = [lr_factor(schedule, step, 100, 9) for step in range(10)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[-1] == 1.0
-    rises = [b - a for a, b in zip(factors, factors[1:], strict=False)]
+    rises = [b - a for a, b in itertools.pairwise(factors)]
     assert rises == pytest.approx([0.1] * 9)
 
 

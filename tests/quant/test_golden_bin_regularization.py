@@ -95,6 +95,22 @@ def test_both_gradients_are_those_of_the_definition(per_channel):
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-7)
 
 
+def test_the_memory_format_changes_no_number():
+    x = torch.randn(4, 6, 3, 5, generator=torch.Generator().manual_seed(1))
+    quantizer = QUANTIZERS["lsq"].factory(Site("weight", 3, True, 4), per_channel=True)
+    quantizer.calibrate(x)
+    grads = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        v = x.clone(memory_format=layout).requires_grad_()
+        bin_regularization(v, quantizer.encode(v)).backward()
+        assert v.grad.is_contiguous(memory_format=layout)
+        grads.append(v.grad)
+    sliced = x.repeat_interleave(2, dim=3)[..., ::2].requires_grad_()
+    bin_regularization(sliced, quantizer.encode(sliced)).backward()
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], sliced.grad)
+
+
 def test_shapes_that_differ_are_refused():
     quantizer = QUANTIZERS["lsq"].factory(Site("weight", 3, True, 4))
     with pytest.raises(ValueError, match="values are"):

@@ -139,7 +139,7 @@ def test_a_folder_that_does_not_exist_is_named(load, tmp_path):
 
 def test_an_archive_is_to_be_unpacked(load, tmp_path):
     (tmp_path / "images.tar").write_bytes(b"x")
-    with pytest.raises(DataError, match="is a file, not a folder.*unpack"):
+    with pytest.raises(DataError, match=r"is a file, not a folder.*unpack"):
         load(tmp_path / "images.tar")
 
 

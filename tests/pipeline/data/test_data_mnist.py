@@ -106,7 +106,7 @@ def test_what_is_no_idx_file_is_refused(tmp_path, data, message):
 def test_images_and_labels_must_be_as_many(tmp_path):
     write_set(tmp_path)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(59, np.uint8)))
-    with pytest.raises(DataError, match="60 images.* 59 labels"):
+    with pytest.raises(DataError, match=r"60 images.* 59 labels"):
         mnist(root=tmp_path, download=False)
 
 
