@@ -55,7 +55,7 @@ class ModelConfig(Component):
 
     name: str = "preact_resnet8"
     weights: str | None = None  # an FP32 state dict that the ladder starts from
-    key_map: str = "none"
+    key_map: Literal["none", "pytorchcv"] | dict[str, str] = "none"
 
 
 class RuleConfig(Section):

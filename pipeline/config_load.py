@@ -84,7 +84,9 @@ def _stages(rungs: Any, defaults: dict[str, Any]) -> tuple[list[StageConfig], li
         return [], ["ladder: has no stage; give at least one rung, such as {weight_bits: 8, ...}"]
     if len(rungs) > MAX_STAGES:
         return [], [f"ladder: has {len(rungs)} rungs; at most {MAX_STAGES} are allowed"]
-    stages, errors, names = [], [], set()
+    stages: list[StageConfig] = []
+    errors: list[str] = []
+    names: set[str] = set()
     for index, rung in enumerate(rungs):
         where = ("ladder", index)
         if not isinstance(rung, dict):
@@ -124,7 +126,7 @@ def _unique(name: str, taken: set[str], *, given: bool) -> str | None:
 
 
 def _short_forms(key: str, value: Any) -> Any:
-    """`epochs: 5` for `train: {epochs: 5}`, `quantizer: lsq` for both of its halves, and the like."""
+    """`quantizer: lsq` for both of its halves, `schedule: cosine` for its name, and the like."""
     if key == "quantizer":
         if isinstance(value, str) or (isinstance(value, dict) and "name" in value):
             value = {"weight": value, "activation": value}

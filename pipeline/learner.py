@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 from torch import Tensor, nn
 
@@ -87,9 +87,11 @@ class Learner(nn.Module):
             teacher_logits: (N, K), or None.
             progress: fraction of the stage done, 0 .. 1.
         """
-        collecting = self.objective.collects(progress)
-        with collect_inputs(self.student) if collecting else nullcontext({}) as inputs:
+        with ExitStack() as stack:
+            inputs: dict[str, Tensor] = {}
+            if self.objective.collects(progress):
+                inputs = stack.enter_context(collect_inputs(self.student))
             logits = self.student(x)
-        step = Step(logits, targets, teacher_logits)
-        terms: dict[str, Tensor] = self.objective(step, self.student, inputs, progress)
+            step = Step(logits, targets, teacher_logits)
+            terms: dict[str, Tensor] = self.objective(step, self.student, inputs, progress)
         return terms

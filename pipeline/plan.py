@@ -17,6 +17,7 @@ from .data import DATASETS
 from .data.fingerprint import fingerprint
 from .errors import ConfigError
 from .losses import LOSSES
+from .policy import choose_quantizer
 from .spec import Plan, PlannedStage, StageSpec
 
 # Raised when the numbers that the training recipe gives change: batch order, schedules,
@@ -68,13 +69,6 @@ def make_plan(config: RunConfig) -> Plan:
             )
         )
     return Plan(config.name, tuple(planned), config)
-
-
-def choose_quantizer(choice: Component, bits: int) -> Component:
-    """`auto` made definite: LSQ, and at one bit UniQ, which is what LSQ would be there."""
-    if choice.name != "auto":
-        return choice
-    return Component(name="uniq" if bits == 1 else "lsq")
 
 
 def _determining(stage: StageConfig, *, distilled: bool) -> dict[str, Any]:

@@ -147,19 +147,20 @@ def people(frame: pd.DataFrame) -> pd.DataFrame:
 
     several = frame["run"].nunique() > 1
     drop = ["" if pd.isna(v) else f"{100 * v:+.2f}" for v in frame["drop"]]
+    rows: list[dict[Any, Any]] = frame.to_dict("records")
     columns = {
         **({"run": list(frame["run"])} if several else {}),
         "stage": list(frame["stage"]),
         "state": list(frame["state"]),
         "W": text("weight_bits", ".0f"),
         "A": text("activation_bits", ".0f"),
-        "quantizer": [_pair(r) for r in frame.to_dict("records")],
+        "quantizer": [_pair(r) for r in rows],
         "teacher": [_text(v) for v in frame["teacher"]],
         "epochs": text("epochs", ".0f"),
         "val %": text("val_top1", ".2f", 100),
         "test %": text("test_top1", ".2f", 100),
         "drop": drop,
-        "levels": [_levels(r) for r in frame.to_dict("records")],
+        "levels": [_levels(r) for r in rows],
         "size kB": text("ideal_bytes", ".1f", 1e-3),
         "Gbitops": text("bitops", ".3f", 1e-9),
         "seconds": text("seconds", ".1f"),
@@ -167,14 +168,14 @@ def people(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _pair(row: dict[str, Any]) -> str:
+def _pair(row: dict[Any, Any]) -> str:
     names = [_text(row["weight_quantizer"]), _text(row["activation_quantizer"])]
     if names[0] == names[1]:
         return names[0]
     return " / ".join(name or "-" for name in names)
 
 
-def _levels(row: dict[str, Any]) -> str:
+def _levels(row: dict[Any, Any]) -> str:
     """Distinct codes in the fullest scale group, weights / activations."""
     import pandas as pd
 

@@ -7,12 +7,14 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..quant.probing import Probe, probe
 from .config import RunConfig, RuntimeConfig, StageConfig
 from .data import DATASETS, DataBundle
 from .errors import BitladderError, ConfigError, Interrupted, StageError, StoreError
@@ -23,6 +25,7 @@ from .interruption import Interruption
 from .machine import choose_device, describe, keep_freed_memory
 from .network import build_network, describe_network
 from .plan import make_plan
+from .policy import policy_of
 from .record import CHECKPOINT, METRICS, StageRecord
 from .spec import Plan, PlannedStage
 from .stages import STAGES, StageContext
@@ -112,9 +115,9 @@ def check_network(config: RunConfig) -> None:
         raise ConfigError(
             [f"model: {config.model.name} cannot take images of {shape}: {reason}"]
         ) from None
-    shape = getattr(logits, "shape", None)
-    if shape is None or tuple(shape) != (len(images), data.num_classes):
-        given = f"gives {tuple(shape)}" if shape is not None else f"gives {type(logits).__name__}"
+    found = tuple(getattr(logits, "shape", ()))
+    if found != (len(images), data.num_classes):
+        given = f"gives {found or type(logits).__name__}"
         raise ConfigError(
             [
                 f"model: {config.model.name} {given} for {len(images)} images, but "
@@ -122,6 +125,25 @@ def check_network(config: RunConfig) -> None:
                 f"({len(images)}, {data.num_classes})"
             ]
         )
+    _check_policies(config, probe(model, [images]))
+
+
+def _check_policies(config: RunConfig, facts: Probe) -> None:
+    """Refuses what no layer of the network can have, before the first rung is trained."""
+    errors = []
+    for index, stage in enumerate(config.ladder):
+        for number, rule in enumerate(stage.policy.rules):
+            if not any(fnmatchcase(name, rule.match) for name in facts.layers):
+                errors.append(
+                    f"ladder.{index}.policy.rules.{number}.match: no layer is named "
+                    f"{rule.match!r}; layers: {', '.join(facts.layers)}"
+                )
+        try:
+            policy_of(stage).resolve(facts)
+        except ValueError as error:
+            errors.append(f"ladder.{index}: {error}")
+    if errors:
+        raise ConfigError(errors)
 
 
 def run_stage(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None]) -> StageRecord:
@@ -183,7 +205,7 @@ def _work(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None]) -
             started={"device": str(device), "threads": torch.get_num_threads()},
         ),
         resume=resume,
-        weights=config.model.weights if spec.options["weights"] else None,
+        weights=Path(config.model.weights or "") if spec.options["weights"] else None,
     )
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):

@@ -78,7 +78,7 @@ class Split(ABC):
 
     def calibration(
         self, batch_size: int, num_batches: int, *, seed: int, device: Device
-    ) -> list[Batch]:
+    ) -> Iterator[Batch]:
         """Batches of different samples, chosen by the seed, as they are.
 
         Fewer than `num_batches` where the split does not hold as many samples.
@@ -86,7 +86,7 @@ class Split(ABC):
         wanted = min(len(self), num_batches * batch_size)
         order = permutation(len(self), seed, "calibration")
         order = order[: without_lone_sample(wanted, batch_size)]
-        return list(self._batches(order, batch_size, torch.device(device)))
+        return self._batches(order, batch_size, torch.device(device))
 
     def _batches(
         self,

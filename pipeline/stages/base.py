@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class StageContext:
     device: torch.device
     around: Surroundings
     resume: dict[str, Any] | None
-    weights: str | None
+    weights: Path | None
 
 
 @dataclass(frozen=True)

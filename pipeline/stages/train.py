@@ -12,7 +12,7 @@ from torch import nn
 from ...models import load_weights
 from ...quant.calibrate import calibrate, ranges, reestimate_batch_norm
 from ...quant.metrics import bit_operations, ideal_bytes, layer_report
-from ...quant.policy import QuantizerChoice, QuantPolicy, Rule, plan_as_dict
+from ...quant.policy import plan_as_dict
 from ...quant.probing import Probe, probe
 from ...quant.swap import apply_plan, float_state_dict, layer_plan, unquantized
 from ..config import Component, StageConfig
@@ -22,7 +22,7 @@ from ..evaluate import evaluate
 from ..fit import EVALUATION_BATCH, fit
 from ..learner import Learner, Objective
 from ..network import build_network, describe_network, load_network, load_teacher
-from ..plan import choose_quantizer
+from ..policy import choose_quantizer, policy_of
 from ..record import METRICS, MODEL
 from ..tensors import write_tensors
 from .base import STAGES, StageContext, StageOutput
@@ -38,9 +38,8 @@ def train(context: StageContext) -> StageOutput:
     seed, batch_size = context.spec.options["seed"], data_batch(context)
     began = time.monotonic()
     network = describe_network(context.spec.options["model"], data)
-    calibration = data.train.calibration(
-        batch_size, stage.train.calibration_batches, seed=seed, device=device
-    )
+    count = stage.train.calibration_batches
+    calibration = list(data.train.calibration(batch_size, count, seed=seed, device=device))
     student = build_network(network, seed=seed)
     parent = _parent(context)
     if parent is not None:
@@ -116,40 +115,6 @@ def _quantize(
     if stage.train.batch_norm_batches:
         reestimate_batch_norm(student, calibration)
     return student
-
-
-def policy_of(stage: StageConfig) -> QuantPolicy:
-    """A stage's settings as the quantization policy that they mean."""
-    rules = tuple(
-        Rule(
-            match=rule.match,
-            weight_bits=rule.weight_bits,
-            activation_bits=rule.activation_bits,
-            weight=_choice(rule.weight, rule.weight_bits or stage.weight_bits),
-            activation=_choice(rule.activation, rule.activation_bits or stage.activation_bits),
-        )
-        for rule in stage.policy.rules
-    )
-    weight = _choice(stage.quantizer.weight, stage.weight_bits)
-    activation = _choice(stage.quantizer.activation, stage.activation_bits)
-    assert weight is not None
-    assert activation is not None
-    return QuantPolicy(
-        weight_bits=stage.weight_bits,
-        activation_bits=stage.activation_bits,
-        weight=weight,
-        activation=activation,
-        first_last_bits=stage.policy.first_last_bits,
-        shortcut=stage.policy.shortcut,
-        rules=rules,
-    )
-
-
-def _choice(component: Component | None, bits: int) -> QuantizerChoice | None:
-    if component is None:
-        return None
-    chosen = choose_quantizer(component, bits)
-    return QuantizerChoice(chosen.name, chosen.options)
 
 
 def _measure(

@@ -91,11 +91,17 @@ def read_run(server, run_id):
 
 @pytest.mark.flow
 def test_a_temporary_server_is_gone_after_its_context_however_that_ends(home, tmp_path):
-    with pytest.raises(ZeroDivisionError), temporary_api(tmp_path) as api:
-        pid = api.pid
-        assert is_alive(pid)
-        raise ZeroDivisionError
-    assert not is_alive(pid)
+    pids = []
+
+    def fail():
+        with temporary_api(tmp_path) as api:
+            pids.append(api.pid)
+            assert is_alive(api.pid)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not is_alive(pids[0])
 
 
 @pytest.mark.flow

@@ -72,8 +72,7 @@ def test_a_stopped_ladder_resumes_to_the_same_bits(tiny, store, run, tmp_path, l
     ladder = open_ladder(config, store)
     stop = StopAfter(looks)
     with pytest.raises(Interrupted):
-        for stage in ladder.plan.stages:
-            run_stage(ladder, stage, stop)
+        [run_stage(ladder, stage, stop) for stage in ladder.plan.stages]
     assert list(store.stages.glob(f"*.part/{CHECKPOINT}")) or looks == 2
     assert hashes(run(config, Store(store.root))) == whole
 
@@ -160,7 +159,7 @@ def test_weights_of_another_network_are_refused_before_anything_is_written(tiny,
     weights = str(store.stages / trained.key / MODEL)
     config = tiny(model={"name": "tiny_convnet", "width": 5, "weights": weights})
     elsewhere = Store(store.root.parent / "elsewhere")
-    with pytest.raises(ConfigError, match="model.weights"):
+    with pytest.raises(ConfigError, match=r"^model\.weights: "):
         open_ladder(config, elsewhere)
     assert not elsewhere.root.exists()
 
@@ -207,3 +206,19 @@ def test_bits_that_are_not_the_default_widths_work_too(tiny, store, run):
     records = run(tiny(ladder=rungs), store)
     assert [r.metrics["weight_quantizer"] for r in records] == ["lsq", None, "lsq", "range_linear"]
     assert all(math.isfinite(r.metrics["train_loss"]) for r in records)
+
+
+def test_a_width_that_a_layer_cannot_have_is_refused_before_anything_is_written(tiny, tmp_path):
+    rungs = [
+        {"weight_bits": 32, "activation_bits": 32},
+        {
+            "weight_bits": 4,
+            "activation_bits": 4,
+            "policy": {"first_last_bits": 2, "rules": [{"match": "layer9.*", "weight_bits": 2}]},
+        },
+    ]
+    with pytest.raises(ConfigError) as caught:
+        open_ladder(tiny(ladder=rungs), tmp_path / "artifacts")
+    assert "no layer is named 'layer9.*'; layers: conv1" in str(caught.value)
+    assert "ladder.1: layer 'conv1'" in str(caught.value)
+    assert not (tmp_path / "artifacts").exists()

@@ -154,9 +154,9 @@ def test_evaluation_gives_every_sample_once_in_order():
 
 def test_calibration_batches_are_distinct_samples_that_the_seed_chooses():
     split = make_split(crop=2, flip=True)
-    first = split.calibration(8, 4, seed=0, device="cpu")
-    again = split.calibration(8, 4, seed=0, device="cpu")
-    other = split.calibration(8, 4, seed=1, device="cpu")
+    first = list(split.calibration(8, 4, seed=0, device="cpu"))
+    again = list(split.calibration(8, 4, seed=0, device="cpu"))
+    other = list(split.calibration(8, 4, seed=1, device="cpu"))
     x, y = together(first)
     assert [len(labels) for _, labels in first] == [8, 8, 8, 8]
     assert len(y.unique()) == 32

@@ -1,0 +1,47 @@
+"""A rung's settings as the quantization policy that they mean."""
+
+from __future__ import annotations
+
+from ..quant.policy import QuantizerChoice, QuantPolicy, Rule
+from .config import Component, StageConfig
+
+
+def choose_quantizer(choice: Component, bits: int) -> Component:
+    """`auto` made definite: LSQ, and at one bit UniQ, which is what LSQ would be there."""
+    if choice.name != "auto":
+        return choice
+    return Component(name="uniq" if bits == 1 else "lsq")
+
+
+def policy_of(stage: StageConfig) -> QuantPolicy:
+    """A stage's settings as the quantization policy that they mean."""
+    rules = tuple(
+        Rule(
+            match=rule.match,
+            weight_bits=rule.weight_bits,
+            activation_bits=rule.activation_bits,
+            weight=_choice(rule.weight, rule.weight_bits or stage.weight_bits),
+            activation=_choice(rule.activation, rule.activation_bits or stage.activation_bits),
+        )
+        for rule in stage.policy.rules
+    )
+    weight = _choice(stage.quantizer.weight, stage.weight_bits)
+    activation = _choice(stage.quantizer.activation, stage.activation_bits)
+    assert weight is not None
+    assert activation is not None
+    return QuantPolicy(
+        weight_bits=stage.weight_bits,
+        activation_bits=stage.activation_bits,
+        weight=weight,
+        activation=activation,
+        first_last_bits=stage.policy.first_last_bits,
+        shortcut=stage.policy.shortcut,
+        rules=rules,
+    )
+
+
+def _choice(component: Component | None, bits: int) -> QuantizerChoice | None:
+    if component is None:
+        return None
+    chosen = choose_quantizer(component, bits)
+    return QuantizerChoice(chosen.name, chosen.options)

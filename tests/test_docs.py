@@ -1,0 +1,59 @@
+"""What the texts say is so: names, commands, code blocks."""
+
+import re
+from pathlib import Path
+
+import pytest
+from bitladder.flows.__main__ import app
+from bitladder.models import MODELS
+from bitladder.pipeline.config_load import parse_config, shipped_configs
+from bitladder.pipeline.data import DATASETS
+from bitladder.pipeline.losses import LOSSES
+from bitladder.pipeline.stages import STAGES
+from bitladder.pipeline.yaml_reader import read_yaml
+from bitladder.quant.quantizers import QUANTIZERS
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+
+
+@pytest.mark.parametrize("registry", [DATASETS, LOSSES, STAGES, QUANTIZERS], ids=lambda r: r.kind)
+def test_the_readme_names_every_part(registry):
+    assert [name for name in registry if f"`{name}`" not in README] == []
+
+
+def test_the_readme_names_every_network():
+    def named(name):
+        family = name.rstrip("0123456789")
+        return f"`{name}`" in README or (f"`{family}8`" in README and name[len(family) :] in README)
+
+    assert [name for name in MODELS if not named(name)] == []
+
+
+def test_the_readme_names_every_command():
+    commands = [c.name or c.callback.__name__ for c in app.registered_commands]
+    assert [name for name in commands if f"bitladder {name}" not in README] == []
+
+
+def test_the_readme_names_every_shipped_config():
+    assert [name for name in shipped_configs() if f"`{name}`" not in README] == []
+
+
+def test_a_shipped_config_opens_with_its_command():
+    for name, path in shipped_configs().items():
+        assert path.read_text(encoding="utf-8").startswith(f"# bitladder run {name} ")
+
+
+def test_the_ladder_in_the_readme_loads():
+    (text,) = blocks("yaml")
+    assert len(parse_config(read_yaml(text, "README.md")).ladder) == 5
+
+
+def test_the_readme_s_imports_work():
+    code = "\n".join(blocks("python"))
+    imports = [line for line in code.splitlines() if line.startswith("from bitladder")]
+    assert imports
+    exec("\n".join(imports), {})
