@@ -47,6 +47,7 @@ def launch(config: RunConfig, store: Store, *, runner: str, listener: Listener) 
 
 def _run_in_prefect(ladder: Ladder) -> None:
     plan, store = ladder.plan, ladder.store
+    log.debug("phase start of Prefect")
     stages = {stage.name: stage for stage in plan.stages}
     with Interruption() as stop, temporary_api(store.reports / plan.run) as api:
 
@@ -70,6 +71,7 @@ def _run_in_prefect(ladder: Ladder) -> None:
 
 
 def _write_reports(store: Store, run: Run) -> None:
+    log.debug("phase reports")
     try:
         frame = accuracy_report(store, run)
         for name, form in REPORTS.items():

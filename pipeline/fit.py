@@ -100,6 +100,7 @@ def fit(
     frozen = False
     x: Tensor | None = None  # a checkpoint may lie after an epoch's last batch
     _write_history(around.workdir, at.history)
+    log.debug("phase training")
     while at.epoch < stage.train.epochs:
         learner.train()
         epoch_start = time.monotonic() - at.seconds

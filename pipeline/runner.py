@@ -156,7 +156,7 @@ def run_stage(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None
     store, key = ladder.store, stage.key
     waiting = partial(_waiting, ladder, stage)
     with store.lock(key, waiting=waiting, stop=stop):
-        if record := store.find(key):
+        if record := store.claim(key):
             ladder.event(stage, kind="reused", fraction=1.0, metrics=dict(record.metrics))
             return record
         try:

@@ -64,19 +64,23 @@ class Store:
     # -- stages ----------------------------------------------------------------------------
 
     def find(self, key: str) -> StageRecord | None:
-        """A committed stage whose files all match their checksums and whose parents stand.
+        """A committed stage whose files all match their checksums and whose parents stand."""
+        whole = (self.stages / key).is_dir() and self.problem(key) is None
+        return read_record(self.stages / key) if whole else None
+
+    def claim(self, key: str) -> StageRecord | None:
+        """The same for the holder of the stage's lock, who mends what a crash has left.
 
         A folder that fails the test is set aside and said so: it is never used silently.
         """
         self._finish_commit(key)
+        if record := self.find(key):
+            return record
         folder = self.stages / key
-        if not folder.is_dir():
-            return None
-        problem = self.problem(key)
-        if problem is None:
-            return read_record(folder)
-        log.warning("stage %s is not used and will be redone: %s", key, problem)
-        self._set_aside(folder)
+        if folder.is_dir():
+            problem = self.problem(key)
+            log.warning("stage %s is not used and will be redone: %s", key, problem)
+            self._set_aside(folder)
         return None
 
     def problem(self, key: str) -> str | None:
@@ -124,8 +128,8 @@ class Store:
     def commit(self, record: StageRecord) -> StageRecord:
         """Makes a stage's work final: the manifest last, everything synced, then the rename."""
         part = self.stages / f"{record.key}.part"
-        write_json(part / MANIFEST, record.as_dict())
         log.debug("phase commit %s", record.key)
+        write_json(part / MANIFEST, record.as_dict())
         self._finish_commit(record.key)
         self.index.add_stage(record)
         return record
