@@ -40,6 +40,7 @@ clean:  ## remove caches and build files; .venv and artifacts stay
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find $(PARTS) tests benchmarks -name __pycache__ -type d -exec rm -rf {} +
 
+# Prefect's database takes 15 s to make, so it is made here, not in the first ladder.
 # The stamp is written last: an installation that broke off is taken up again, a finished one kept.
 $(STAMP): pyproject.toml
 	@$(BIN)/python -c pass 2>/dev/null || { \
@@ -59,4 +60,5 @@ $(STAMP): pyproject.toml
 	}
 	@echo "installing into $(VENV), about 6 GB, once"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@$(BIN)/python -m bitladder.flows.prefect_server prepare
 	@touch $(STAMP)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from ..pipeline.errors import BitladderError, ConfigError, Interrupted, StoreError
+from ..pipeline.errors import ConfigError, StoreError
 from ..pipeline.record import CHECKPOINT
 from ..pipeline.store import Run, Store
+from .resume_command import resume_command
+from .tables import coloured, fits, print_table, table_of
 
-console = Console(soft_wrap=False)
-_COLOURS = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow"}
+if TYPE_CHECKING:
+    from ..pipeline.spec import Plan
+
+# what a terminal too narrow for the report does without, the first one first
+_DISPENSABLE = ("Gbitops", "epochs", "size kB", "seconds", "val %", "levels", "teacher")
 
 
 def run_config(source: str, overrides: Sequence[str], store: Store, runner: str) -> None:
@@ -28,17 +33,44 @@ def run_config(source: str, overrides: Sequence[str], store: Store, runner: str)
 def resume_run(name: str | None, store: Store, runner: str) -> None:
     """`bitladder resume`."""
     from ..pipeline.config_load import parse_config
+    from ..pipeline.plan import make_plan
 
     if name is None:
-        unfinished = [run for run in store.runs() if _state(store, run) != "done"]
+        runs = store.runs()
+        # first the states, which cost nothing; only then every file against its checksum
+        unfinished = [run for run in runs if _state(store, run) != "done"] or [
+            run for run in runs if not _whole(store, run)
+        ]
         if not unfinished:
-            print("nothing to resume: every ladder in the store is done")
+            every = "every ladder in the store is done" if runs else f"no ladder in {store.root}"
+            print(f"nothing to resume: {every}")
             return
         run = unfinished[-1]
     else:
         run = store.run(name)
+    config = parse_config(run.config)
+    plan = make_plan(config)
     print(f"resuming {run.run}", file=sys.stderr)
-    _run(parse_config(run.config), store, runner)
+    if plan.run != run.run:
+        print(f"{_changed(run, plan)}; it goes on as {plan.run}", file=sys.stderr)
+    _run(config, store, runner)
+
+
+def _whole(store: Store, run: Run) -> bool:
+    """Whether the stages of a finished ladder are undamaged and its reports were written."""
+    from ..pipeline.report import reports_current
+
+    damaged = any(store.problem(str(stage["key"])) for stage in run.stages)
+    return not damaged and reports_current(store, run)
+
+
+def _changed(run: Run, plan: Plan) -> str:
+    """What makes a stored ladder another one now, though its config is the same."""
+    names = {"model": "the model's code", "weights": "model.weights", "data": "the data"}
+    before = run.stages[0]["spec"]["options"]
+    now = plan.stages[0].spec.options
+    changed = [text for key, text in names.items() if before.get(key) != now[key]]
+    return f"{' and '.join(changed) or 'the code of its parts'} changed since it was stored"
 
 
 def _run(config: Any, store: Store, runner: str) -> None:
@@ -46,18 +78,9 @@ def _run(config: Any, store: Store, runner: str) -> None:
     from .launch import launch
     from .progress import terminal_listener
 
-    try:
-        with terminal_listener(Console(stderr=True)) as listener:
-            run = launch(config, store, runner=runner, listener=listener)
-    except Interrupted:
-        print("stopped, and saved; go on with: bitladder resume", file=sys.stderr)
-        raise
-    except BitladderError as error:
-        if error.exit_code == 1:
-            print("go on after mending the cause with: bitladder resume", file=sys.stderr)
-        raise
-    frame = accuracy_report(store, run)
-    print_frame(frame)
+    with terminal_listener(Console(stderr=True)) as listener:
+        run = launch(config, store, runner=runner, listener=listener)
+    print_frame(accuracy_report(store, run), store)
     print_files(store, run)
 
 
@@ -67,12 +90,11 @@ def show_plan(source: str, overrides: Sequence[str], store: Store) -> None:
     from ..pipeline.plan import make_plan
 
     plan = make_plan(load_config(source, overrides))
-    table = Table(title=plan.run, title_justify="left")
-    for column in ("stage", "kind", "key", "starts from", "teacher", "epochs", "state"):
-        table.add_column(column)
+    print(plan.run)
+    columns = ("stage", "kind", "key", "starts from", "teacher", "epochs", "state")
+    table = table_of(columns, right=("epochs",))
     for stage in plan.stages:
         state, _ = store.state(stage.key)
-        words = {"interrupted": "partly done", "failed": "partly done, failed"}.get(state, state)
         table.add_row(
             stage.name,
             stage.spec.kind,
@@ -80,9 +102,9 @@ def show_plan(source: str, overrides: Sequence[str], store: Store) -> None:
             stage.parent or "scratch",
             stage.teacher or "none",
             str(plan.config.ladder[stage.position].train.epochs),
-            f"[{_COLOURS.get(state, 'default')}]{words}[/]",
+            coloured(state, "partly done" if state == "interrupted" else None),
         )
-    console.print(table)
+    print_table(table)
 
 
 def list_runs(store: Store) -> None:
@@ -91,22 +113,20 @@ def list_runs(store: Store) -> None:
     if not runs:
         print(f"no ladder in {store.root} yet; start one with: bitladder run digits")
         return
-    table = Table()
-    for column in ("run", "state", "stages done", "data", "model", "seed", "created"):
-        table.add_column(column)
+    table = table_of(("run", "state", "done", "data", "model", "seed", "created"))
     for run in runs:
         states = [store.state(str(s["key"]))[0] for s in run.stages]
         state = _state(store, run)
         table.add_row(
             run.run,
-            f"[{_COLOURS.get(state, 'default')}]{state}[/]",
+            coloured(state),
             f"{states.count('done')} of {len(states)}",
             run.config["data"]["name"],
             run.config["model"]["name"],
             str(run.config["seed"]),
             run.created[:16].replace("T", " "),
         )
-    console.print(table)
+    print_table(table)
 
 
 def _state(store: Store, run: Run) -> str:
@@ -120,43 +140,61 @@ def _state(store: Store, run: Run) -> str:
 
 def show_report(names: Sequence[str], form: str, out: Path | None, store: Store) -> None:
     """`bitladder report`."""
-    from ..pipeline.report import people, render, reports, write_report
+    from ..pipeline.report import render, reports, write_report
 
     runs = [store.run(name) for name in names] if names else [store.run()]
     frame = reports(store, runs)
-    if form == "table" and out is None:
-        print_frame(frame)
+    if out is not None:
+        try:
+            print(write_report(frame, form, out))
+        except OSError as error:
+            raise ConfigError([f"--out {out}: {error.strerror or error}"]) from None
     elif form == "table":
-        assert out is not None
-        out.write_text(people(frame).to_string(index=False) + "\n", encoding="utf-8")
-    elif out is not None:
-        print(write_report(frame, form, out))
+        print_frame(frame, store)
     elif form == "parquet" and sys.stdout.isatty():
         raise ConfigError(["parquet is not for a terminal; give --out FILE"])
     else:
         sys.stdout.buffer.write(render(frame, form))
 
 
-def print_frame(frame: Any) -> None:
-    """The table for people on standard output, colours on a terminal only."""
+def print_frame(frame: Any, store: Store) -> None:
+    """The table for people on standard output, and below it what failed or is not finished."""
+    from ..pipeline.report import plain_table
+
+    if sys.stdout.isatty():
+        _print_on_terminal(frame)
+    else:
+        print(plain_table(frame))
+    for row in frame[frame["error"].notna()].to_dict("records"):
+        print(f"{row['run']}, {row['stage']}: {row['error']}")
+    for run, states in frame.groupby("run", sort=False)["state"]:
+        if "running" in set(states):
+            print(f"{run} is running")
+        elif set(states) != {"done"}:
+            print(f"{run} is not finished; go on with: {resume_command(store, run)}")
+
+
+def _print_on_terminal(frame: Any) -> None:
     from ..pipeline.report import people
 
     shown = people(frame)
-    if not sys.stdout.isatty():
-        print(shown.to_string(index=False))
-    else:
-        table = Table()
-        left = ("run", "stage", "state", "quantizer", "teacher")
-        for column in shown.columns:
-            table.add_column(column, justify="left" if column in left else "right")
-        for row in shown.to_numpy().tolist():
-            table.add_row(*(f"[{_COLOURS.get(v, 'default')}]{v}[/]" for v in row))
-        console.print(table)
-    for row in frame[frame["error"].notna()].to_dict("records"):
-        print(f"{row['stage']}: {row['error']}")
-    if frame["state"].ne("done").any():
-        unfinished = frame[frame["state"] != "done"]["run"].iloc[0]
-        print(f"not finished; go on with: bitladder resume {unfinished}")
+    if "run" not in shown:
+        print(frame["run"].iloc[0])
+    table, missing = _report_table(shown), 0
+    while not fits(table) and missing < len(_DISPENSABLE):
+        missing += 1
+        table = _report_table(shown.drop(columns=list(_DISPENSABLE[:missing])))
+    print_table(table)
+    if missing:
+        print(f"(no room for {', '.join(_DISPENSABLE[:missing])})")
+
+
+def _report_table(shown: Any) -> Table:
+    text = ("run", "stage", "state", "quantizer", "teacher")
+    table = table_of(shown.columns, right=[c for c in shown.columns if c not in text])
+    for row in shown.to_dict("records"):
+        table.add_row(*(coloured(v) if c == "state" else v for c, v in row.items()))
+    return table
 
 
 def print_files(store: Store, run: Run) -> None:
@@ -165,9 +203,10 @@ def print_files(store: Store, run: Run) -> None:
         record = store.read(str(stage["key"]))
         for name in record.files if record else ():
             print(store.stages / str(stage["key"]) / name)
-    for path in sorted((store.reports / run.run).iterdir()):
+    for path in sorted((store.reports / run.run).glob("[!.]*")):
         print(path)
-    print(store.root / "results.db")
+    if (database := store.root / "results.db").exists():
+        print(database)
 
 
 def evaluate_run(name: str | None, stage: str | None, store: Store) -> None:
@@ -178,40 +217,36 @@ def evaluate_run(name: str | None, stage: str | None, store: Store) -> None:
     names = [str(s["name"]) for s in run.stages]
     if stage is not None and stage not in names:
         raise ConfigError([f"no stage {stage!r} in {run.run}; there are: {', '.join(names)}"])
-    found = False
+    found, damaged = False, []
     for planned in run.stages:
         if stage not in (None, planned["name"]):
             continue
-        record = store.find(str(planned["key"]))
+        key = str(planned["key"])
+        record = store.find(key)
         if record is None:
+            if (store.stages / key).is_dir():
+                damaged.append(f"{planned['name']} is not used: {store.problem(key)}")
             continue
         found = True
         result = evaluate_stage(store, run, record)
         recorded = record.metrics["test_top1"]
-        console.print(
+        print(
             f"{planned['name']}: test top-1 {100 * result.accuracy.top1:.2f} % "
             f"(recorded {100 * recorded:.2f} %), top-5 {100 * result.accuracy.top5:.2f} %, "
             f"{result.accuracy.images} images"
         )
         if result.layers:
-            console.print(_layers(result.layers))
+            print_table(_layers(result.layers))
+    if damaged:
+        way_out = f"redo it with: {resume_command(store, run.run)}"
+        raise StoreError("\n".join([*damaged, way_out]), exit_code=1)
     if not found:
-        raise StoreError("no such stage is done yet; see: bitladder list")
+        raise StoreError(f"{stage or 'no stage'} of {run.run} is {'not ' if stage else ''}done yet")
 
 
 def _layers(layers: Sequence[dict[str, Any]]) -> Table:
-    table = Table()
-    for column in (
-        "layer",
-        "of",
-        "bits",
-        "quantizer",
-        "scale",
-        "clip range",
-        "levels",
-        "clipped %",
-    ):
-        table.add_column(column, justify="left" if column in ("layer", "of") else "right")
+    numbers = ("bits", "scale", "clip range", "levels", "clipped %")
+    table = table_of(("layer", "of", "quantizer", *numbers), right=numbers)
     for layer in layers:
         for half in ("weight", "activation"):
             if layer[f"{half}_bits"] is None:
@@ -219,8 +254,8 @@ def _layers(layers: Sequence[dict[str, Any]]) -> Table:
             table.add_row(
                 layer["layer"],
                 half,
-                str(layer[f"{half}_bits"]),
                 layer[f"{half}_quantizer"],
+                str(layer[f"{half}_bits"]),
                 f"{layer[f'{half}_scale']:.4g}",
                 f"{layer[f'{half}_low']:.3g} .. {layer[f'{half}_high']:.3g}",
                 str(layer[f"{half}_levels"]),
@@ -232,11 +267,14 @@ def _layers(layers: Sequence[dict[str, Any]]) -> Table:
 def verify_store(name: str | None, store: Store) -> None:
     """`bitladder verify`."""
     keys = [str(s["key"]) for s in store.run(name).stages] if name else store.keys()
-    bad = files = 0
+    if not keys and not store.root.is_dir():
+        raise StoreError(f"there is no store {store.root}")
+    bad = files = stages = 0
     for key in keys:
         if not (store.stages / key).is_dir():
             print(f"{key}: not done")
             continue
+        stages += 1
         problem = store.problem(key)
         if problem is None:
             record = store.read(key)
@@ -244,7 +282,7 @@ def verify_store(name: str | None, store: Store) -> None:
             continue
         bad += 1
         print(f"{key}: {problem}")
-    print(f"{len(keys)} stages, {files} files match their checksums, {bad} stages damaged")
+    print(f"{stages} stages, {files} files match their checksums; {bad} damaged")
     if bad:
         print("damaged stages are never used; redo them with: bitladder run or bitladder resume")
         sys.exit(1)
@@ -264,15 +302,18 @@ def clean_store(store: Store, *, yes: bool) -> None:
             return
         if input(f"remove these {len(doomed)}? [y/N] ").strip().lower() not in ("y", "yes"):
             return
-    freed = sum(store.remove(path) for path, _ in doomed)
-    print(f"removed {len(doomed)}, {freed / 1e6:.1f} MB")
+    # once more: while the question stood, a ladder may have begun that needs some of it
+    again = _removable(store)
+    still = [one for one in doomed if one in again]
+    freed = sum(store.remove(path) for path, _ in still)
+    print(f"removed {len(still)}, {freed / 1e6:.1f} MB")
 
 
 def _removable(store: Store) -> list[tuple[Path, str]]:
     if not store.stages.is_dir():
         return []
+    found = [(path, "half written by a process that was killed") for path in store.leftovers()]
     used = {str(stage["key"]) for run in store.runs() for stage in run.stages}
-    found = []
     for path in sorted(store.stages.iterdir()):
         key, _, rest = path.name.partition(".")
         if key and store.holder(key) is not None:
@@ -285,4 +326,10 @@ def _removable(store: Store) -> list[tuple[Path, str]]:
             found.append((path, "unfinished, no ladder refers to it"))
         elif rest == "part" and (store.stages / key).is_dir():
             found.append((path, f"old {CHECKPOINT} of a finished stage"))
+        elif rest == "lock" and key not in used and not _has_work(store, key):
+            found.append((path, "lock of a stage that is gone"))
     return found
+
+
+def _has_work(store: Store, key: str) -> bool:
+    return any((store.stages / name).exists() for name in (key, f"{key}.part"))

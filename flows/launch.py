@@ -7,19 +7,18 @@ from dataclasses import replace
 from typing import Any
 
 from ..pipeline.config import RunConfig
-from ..pipeline.errors import ConfigError
+from ..pipeline.errors import BitladderError, ConfigError, Interrupted
 from ..pipeline.events import Listener
 from ..pipeline.interruption import Interruption
-from ..pipeline.report import accuracy_report, write_report
+from ..pipeline.report import REPORTS, accuracy_report, write_report
 from ..pipeline.runner import Ladder, open_ladder, run_ladder, run_stage
 from ..pipeline.store import Run, Store
 from .prefect_ladder import run_flow
 from .prefect_server import temporary_api
+from .resume_command import resume_command
 
 log = logging.getLogger(__name__)
 RUNNERS = ("prefect", "plain")
-# written when a ladder ends; `bitladder report` writes any of them again
-REPORTS = {"report.csv": "csv", "report.json": "json", "report.md": "markdown"}
 
 
 def launch(config: RunConfig, store: Store, *, runner: str, listener: Listener) -> Run:
@@ -28,18 +27,25 @@ def launch(config: RunConfig, store: Store, *, runner: str, listener: Listener) 
     A finished ladder starts nothing: neither training nor Prefect.
 
     Raises:
-        ConfigError, StageError, Interrupted, StoreError: see `pipeline.runner.run_ladder`.
+        ConfigError, StageError, Interrupted, StoreError: see `pipeline.runner.run_ladder`; where
+            the ladder can go on, a note on the error says with which command.
     """
     if runner not in RUNNERS:
         raise ConfigError([f"unknown runner {runner!r}; known: {', '.join(RUNNERS)}"])
     ladder = open_ladder(config, store, listener)
     run = store.run(ladder.plan.run)
-    done = all(store.state(stage.key)[0] == "done" for stage in ladder.plan.stages)
     try:
-        if runner == "plain" or done:
+        if runner == "plain" or ladder.finished:
             run_ladder(ladder)
         else:
             _run_in_prefect(ladder)
+    except BitladderError as error:
+        if isinstance(error, Interrupted):
+            error.add_note(f"stopped, and saved; go on with: {resume_command(store, run.run)}")
+        elif error.exit_code == 1:
+            command = resume_command(store, run.run)
+            error.add_note(f"what is done is kept; go on after mending the cause with: {command}")
+        raise
     finally:
         _write_reports(store, run)
     return run

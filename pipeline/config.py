@@ -166,7 +166,7 @@ class BinRegularizationConfig(Section):
 class StageConfig(Section):
     """One rung with every setting filled in."""
 
-    name: str = ""
+    name: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$")] = ""
     weight_bits: Width
     activation_bits: Width
     init: Literal["previous", "fp32", "scratch"] = "previous"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..models import MODELS
+from ..models import MODELS, source_hash
 from ..quant.core import Site, Target
 from ..quant.quantizers import QUANTIZERS
 from .config import Component, RunConfig, StageConfig
@@ -33,6 +33,11 @@ def _check_model(run: RunConfig) -> list[str]:
     errors = []
     if run.model.name in MODELS:
         errors += _at(("model",), check_options(MODELS, run.model.name, run.model.options))
+    else:
+        try:  # torchvision's names and `package.module:factory`
+            source_hash(run.model.name)
+        except (ValueError, OSError) as error:
+            errors.append(f"model: {error}")
     if run.model.weights is not None and not Path(run.model.weights).is_file():
         errors.append(f"model.weights: no such file: {run.model.weights}")
     first = run.ladder[0] if run.ladder else None

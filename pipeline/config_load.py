@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -15,12 +15,18 @@ from .config_check import check_parts
 from .errors import ConfigError
 from .yaml_reader import apply_overrides, path_text, read_yaml_file
 
+M = TypeVar("M", bound=BaseModel)
 SHIPPED = Path(__file__).parent.parent / "flows" / "configs"
 # sections that a rung takes over from above the ladder, each merged key by key
 INHERITED = ("quantizer", "policy", "train", "distill", "bin_regularization")
 RUN_KEYS = ("name", "seed", "data", "model", "runtime", "ladder")
 RUNG_KEYS = ("name", "weight_bits", "activation_bits", "init", "epochs", "teacher")
 MAX_STAGES = 64
+# for a required value that is missing or wrong, so that the rest is checked all the same
+STAND_INS: dict[type[BaseModel], dict[str, Any]] = {
+    StageConfig: {"weight_bits": 32, "activation_bits": 32},
+    RunConfig: {"name": "unnamed", "ladder": ()},
+}
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -66,12 +72,10 @@ def parse_config(raw: Mapping[str, Any]) -> RunConfig:
     stages, rung_errors = _stages(rungs, defaults)
     run, run_errors = _validate(RunConfig, {**top, "ladder": ()}, ())
     errors += run_errors + rung_errors
-    if isinstance(run, RunConfig):
-        run = run.model_copy(update={"ladder": tuple(stages)})
-        errors += check_parts(run)
+    run = run.model_copy(update={"ladder": tuple(stages)})
+    errors += check_parts(run)
     if errors:
         raise ConfigError(list(dict.fromkeys(errors)))
-    assert isinstance(run, RunConfig)
     return run
 
 
@@ -91,6 +95,7 @@ def _stages(rungs: Any, defaults: dict[str, Any]) -> tuple[list[StageConfig], li
         where = ("ladder", index)
         if not isinstance(rung, dict):
             errors.append(f"{path_text(where)}: must be a mapping, not {_kind(rung)}")
+            stages.append(StageConfig(**STAND_INS[StageConfig]))
             continue
         bad = [k for k in rung if k not in RUNG_KEYS and k not in INHERITED]
         known = (*RUNG_KEYS, *INHERITED)
@@ -100,13 +105,12 @@ def _stages(rungs: Any, defaults: dict[str, Any]) -> tuple[list[StageConfig], li
         stage, found = _validate(StageConfig, merged, where)
         found = [_as_written(e, own, where) for e in found]
         errors += [e for e in found if _said_here(e, own, where)]
-        if isinstance(stage, StageConfig):
-            name = _unique(stage.name or label(stage), names, given=bool(stage.name))
-            if name is None:
-                errors.append(f"{path_text((*where, 'name'))}: {stage.name!r} is used twice")
-                continue
-            names.add(name)
-            stages.append(stage.model_copy(update={"name": name}))
+        name = _unique(stage.name or label(stage), names, given=bool(stage.name))
+        if name is None:
+            errors.append(f"{path_text((*where, 'name'))}: {stage.name!r} is used twice")
+            name = stage.name
+        names.add(name)
+        stages.append(stage.model_copy(update={"name": name}))
     return stages, errors
 
 
@@ -191,13 +195,16 @@ def _said_here(error: str, own: Mapping[str, Any], where: tuple[Any, ...]) -> bo
     return rest[0] not in INHERITED or rest[0] in own
 
 
-def _validate(
-    kind: type[BaseModel], raw: Mapping[str, Any], where: tuple[Any, ...]
-) -> tuple[BaseModel | None, list[str]]:
+def _validate(kind: type[M], raw: Mapping[str, Any], where: tuple[Any, ...]) -> tuple[M, list[str]]:
+    """The section, with defaults in place of what is wrong in it, and its mistakes."""
     try:
         return kind.model_validate(dict(raw)), []
     except ValidationError as error:
-        return None, [_line(e, where) for e in error.errors()]
+        found = error.errors()
+    wrong = {e["loc"][0] for e in found}
+    right = {key: value for key, value in raw.items() if key not in wrong}
+    section = kind.model_validate({**STAND_INS[kind], **right})
+    return section, [_line(e, where) for e in found]
 
 
 def _line(error: Any, where: tuple[Any, ...]) -> str:

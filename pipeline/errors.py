@@ -5,6 +5,8 @@ Arguments stay in `args`, so every one of them survives pickling between process
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -64,3 +66,15 @@ class StoreError(BitladderError):
     def __init__(self, message: str, *, exit_code: int = 2) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def store_problem(root: Path, error: OSError) -> str:
+    """What a failed write means for a user, and the way out."""
+    if error.errno == errno.ENOSPC:
+        return (
+            f"no space left for the store {root}; free some "
+            "(bitladder clean removes what no ladder needs)"
+        )
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"the store {root} cannot be written ({error.strerror}); give another with --store"
+    return f"the store {root} cannot be used: {error.strerror or error}"

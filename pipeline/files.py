@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+TEMPORARY = ".*.tmp"  # matches what a killed `write_atomic` leaves
 
 
 class TornFileError(ValueError):
@@ -61,3 +64,8 @@ def sha256_of(path: Path) -> str:
     """The sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def now() -> str:
+    """The time in UTC, to the microsecond, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")

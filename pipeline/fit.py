@@ -116,8 +116,8 @@ def fit(
             step = at.epoch * per_epoch + at.batch
             progress = step / steps
             if not frozen and progress >= bins.warmup:
-                _freeze_scales(learner.student, bins.freeze_weight_scale, "weight_quantizer")
-                _freeze_scales(learner.student, bins.freeze_activation_scale, "input_quantizer")
+                freeze_scales(learner.student, bins.freeze_weight_scale, "weight_quantizer")
+                freeze_scales(learner.student, bins.freeze_activation_scale, "input_quantizer")
                 frozen = True
             set_lr(optimizer, lr_factor(stage.train.schedule, step, steps, per_epoch))
             with torch.no_grad():
@@ -233,7 +233,8 @@ def _require_finite(
     )
 
 
-def _freeze_scales(student: nn.Module, freeze: bool, half: str) -> None:
+def freeze_scales(student: nn.Module, freeze: bool, half: str) -> None:
+    """Fixes the steps of all `weight_quantizer`s or `input_quantizer`s, if `freeze`."""
     if freeze:
         for name, parameter in student.named_parameters():
             if f".{half}." in f".{name}":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .errors import ConfigError
 from .files import write_atomic
+from .record import MANIFEST
 from .report_html import html_page
 from .store import Run, Store
 from .store_index import STAGE_COLUMNS
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 Format = Literal["table", "csv", "json", "markdown", "html", "parquet"]
 FORMATS: tuple[str, ...] = get_args(Format)
+# written when a ladder ends; `bitladder report` writes any of them again
+REPORTS: dict[str, Format] = {"report.csv": "csv", "report.json": "json", "report.md": "markdown"}
 
 COLUMNS = (
     "run",
@@ -69,6 +72,18 @@ def accuracy_report(store: Store, run: Run | str | None = None) -> pd.DataFrame:
     return reports(store, [run if isinstance(run, Run) else store.run(run)])
 
 
+def reports_current(store: Store, run: Run) -> bool:
+    """Whether the reports that a ladder leaves are there, and newer than all its stages."""
+    try:
+        newest = max(
+            (store.stages / str(stage["key"]) / MANIFEST).stat().st_mtime for stage in run.stages
+        )
+        folder = store.reports / run.run
+        return all((folder / name).stat().st_mtime >= newest for name in REPORTS)
+    except FileNotFoundError:
+        return False
+
+
 def reports(store: Store, runs: Sequence[Run]) -> pd.DataFrame:
     """The reports of several runs under each other, told apart by the column `run`."""
     import pandas as pd
@@ -87,16 +102,18 @@ def reports(store: Store, runs: Sequence[Run]) -> pd.DataFrame:
 
 def _rows(store: Store, run: Run) -> list[dict[str, Any]]:
     rows = store.results(run)
-    planned = run.config.get("ladder", [])
     fp32 = next(
         (r["test_top1"] for r in rows if r["weight_bits"] == r["activation_bits"] == 32), None
     )
-    for row, stage in zip(rows, planned, strict=True):
+    for row, planned in zip(rows, run.stages, strict=True):
         if row["weight_bits"] is None:  # not finished: say what it is to become
+            stage = planned["spec"]["options"]["stage"]
             last = store.progress(row["key"])
             row |= {name: stage[name] for name in ("weight_bits", "activation_bits")}
             row |= {"train_loss": last.get("train_loss"), "val_top1": last.get("val_top1")}
             row |= {"epochs": last.get("epoch", 0), "seed": run.config.get("seed")}
+            for half, choice in stage.get("quantizer", {}).items():
+                row[f"{half}_quantizer"] = choice["name"] if stage[f"{half}_bits"] != 32 else None
         row["fp32_top1"] = fp32
         known = fp32 is not None and row["test_top1"] is not None
         row["drop"] = fp32 - row["test_top1"] if known else None
@@ -109,11 +126,14 @@ def render(frame: pd.DataFrame, form: str) -> bytes:
     Raises:
         ConfigError: unknown format, or the package that a format needs is not installed.
     """
+    if form == "table":
+        return (plain_table(frame) + "\n").encode()
     if form == "csv":
         return frame.to_csv(index=False, lineterminator="\n").encode()
     if form == "json":
-        records = json.loads(frame.to_json(orient="records", double_precision=15))
-        return (json.dumps(records, indent=1) + "\n").encode()
+        # not pandas' own: it drops the last digits of a float
+        records = frame.astype(object).where(frame.notna(), None).to_dict("records")
+        return (json.dumps(records, indent=1, allow_nan=False) + "\n").encode()
     if form == "markdown":
         return (people(frame).to_markdown(index=False, disable_numparse=True) + "\n").encode()
     if form == "html":
@@ -135,6 +155,13 @@ def write_report(frame: pd.DataFrame, form: str, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, data)
     return path
+
+
+def plain_table(frame: pd.DataFrame) -> str:
+    """The table for people; a single run's id stands above it, several have a column."""
+    runs = list(dict.fromkeys(frame["run"]))
+    table = people(frame).to_string(index=False)
+    return f"{runs[0]}\n{table}" if len(runs) == 1 else table
 
 
 def people(frame: pd.DataFrame) -> pd.DataFrame:

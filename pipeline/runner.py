@@ -17,9 +17,16 @@ import torch
 from ..quant.probing import Probe, probe
 from .config import RunConfig, RuntimeConfig, StageConfig
 from .data import DATASETS, DataBundle
-from .errors import BitladderError, ConfigError, Interrupted, StageError, StoreError
+from .errors import (
+    BitladderError,
+    ConfigError,
+    Interrupted,
+    StageError,
+    StoreError,
+    store_problem,
+)
 from .events import Event, Listener
-from .files import TornFileError, sha256_of
+from .files import TornFileError, now, sha256_of
 from .fit import Surroundings
 from .interruption import Interruption
 from .machine import choose_device, describe, keep_freed_memory
@@ -29,7 +36,7 @@ from .policy import policy_of
 from .record import CHECKPOINT, METRICS, StageRecord
 from .spec import Plan, PlannedStage
 from .stages import STAGES, StageContext
-from .store import Store, now, store_problem
+from .store import Store
 from .tensors import read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -41,11 +48,16 @@ def _ignore(_event: Event) -> None:
 
 @dataclass(frozen=True)
 class Ladder:
-    """A plan about to run in a store, with what its stages share in this process."""
+    """A plan about to run in a store, with what its stages share in this process.
+
+    Attributes:
+        finished: whether every stage was there, and whole, when the ladder was opened.
+    """
 
     plan: Plan
     store: Store
     listener: Listener
+    finished: bool
 
     def event(self, stage: PlannedStage, **fields: Any) -> None:
         """Tells the listener something about a stage."""
@@ -75,13 +87,15 @@ def open_ladder(
     """
     store = store if isinstance(store, Store) else Store(store)
     plan = make_plan(config)
-    if any(store.find(stage.key) is None for stage in plan.stages):
+    finished = all(store.find(stage.key) for stage in plan.stages)
+    if not finished:
+        choose_device(config.runtime.device)
         check_network(config)
     try:
         store.register(plan)
     except OSError as error:
         raise StoreError(store_problem(store.root, error)) from None
-    return Ladder(plan, store, listener)
+    return Ladder(plan, store, listener, finished)
 
 
 def check_network(config: RunConfig) -> None:
@@ -165,8 +179,9 @@ def run_stage(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None
             raise
         except Exception as error:
             failure = _as_stage_error(stage, store, error)
-            store.fail(key, str(failure))
-            ladder.event(stage, kind="failed", text=str(failure))
+            cause = failure.cause if isinstance(failure, StageError) else str(failure)
+            store.fail(key, cause)
+            ladder.event(stage, kind="failed", text=cause)
             raise failure from error
     ladder.event(stage, kind="finished", fraction=1.0, metrics=dict(record.metrics))
     return record

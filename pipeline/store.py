@@ -9,28 +9,27 @@ reports/<run>/run.json     a run: its config and its stages' keys
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
-import platform
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from filelock import FileLock, Timeout
-
-from .errors import Interrupted, StoreError
-from .files import TornFileError, read_json, sha256_of, sync_folder, write_json
+from .errors import StoreError, store_problem
+from .files import TEMPORARY, TornFileError, now, read_json, sha256_of, sync_folder, write_json
 from .record import CHECKPOINT, MANIFEST, METRICS, StageRecord, read_record
 from .spec import Plan
+from .stage_lock import StageLock
 from .store_index import Index
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+DEFAULT_STORE = Path("artifacts")
 State = Literal["done", "running", "failed", "interrupted", "to do"]
 _HOLDER, _ERROR, _RUN = "holder.json", "error.json", "run.json"
 
@@ -123,15 +122,17 @@ class Store:
         folder = self.stages / f"{key}.part"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _ERROR).unlink(missing_ok=True)
+        for torn in folder.glob(TEMPORARY):
+            torn.unlink()  # who wrote it was killed: the stage is ours
         return folder
 
     def commit(self, record: StageRecord) -> StageRecord:
         """Makes a stage's work final: the manifest last, everything synced, then the rename."""
         part = self.stages / f"{record.key}.part"
-        log.debug("phase commit %s", record.key)
+        log.debug("phase commit")
         write_json(part / MANIFEST, record.as_dict())
         self._finish_commit(record.key)
-        self.index.add_stage(record)
+        self._ask(lambda index: index.add_stage(record))
         return record
 
     def _finish_commit(self, key: str) -> None:
@@ -159,6 +160,7 @@ class Store:
         number = next(n for n in range(1, 10**6) if f"{folder.name}.bad-{n}" not in taken)
         folder.rename(folder.with_name(f"{folder.name}.bad-{number}"))
         sync_folder(self.stages)
+        self._ask(lambda index: index.remove_stages([folder.name]))
 
     def fail(self, key: str, error: str) -> None:
         """Notes why a stage stopped, beside its work."""
@@ -173,54 +175,32 @@ class Store:
     def lock(
         self, key: str, *, waiting: Callable[[str], None], stop: Callable[[], int | None]
     ) -> Iterator[None]:
-        """Holds a stage: one process trains it, the others wait. Dies with its holder (flock).
-
-        Args:
-            waiting: called once, with the holder in words, when another process has the stage.
-            stop: looked at while waiting.
+        """Holds a stage: one process trains it, the others wait; see `StageLock.hold`.
 
         Raises:
             Interrupted: `stop` gave a signal's number.
+            StoreError: the store cannot be written.
         """
         self._make()
-        lock = FileLock(self.stages / f"{key}.lock")
-        told = False
-        while not lock.is_locked:
-            try:
-                lock.acquire(timeout=0.3 if told else 0)
-            except Timeout:
-                if not told:
-                    waiting(self.holder(key) or "another process")
-                    told = True
-                if (number := stop()) is not None:
-                    raise Interrupted(number) from None
+        lock = self._lock(key)
+        try:
+            held = lock.hold(waiting=waiting, stop=stop)
+        except OSError as error:
+            raise StoreError(store_problem(self.root, error), exit_code=1) from None
         try:
             if not (self.stages / key).is_dir():
-                holder = {"pid": os.getpid(), "host": platform.node(), "since": now()}
-                write_json(self.workdir(key) / _HOLDER, holder)
+                self.workdir(key)
+                lock.sign()
             yield
         finally:
-            (self.stages / f"{key}.part" / _HOLDER).unlink(missing_ok=True)
-            lock.release()
+            lock.release(held)
 
     def holder(self, key: str) -> str | None:
         """The process that has a stage, in words; None if nobody has it."""
-        path = self.stages / f"{key}.lock"
-        if not path.exists():
-            return None
-        lock = FileLock(path)
-        try:
-            lock.acquire(timeout=0)
-        except (Timeout, OSError):
-            pass
-        else:
-            lock.release()
-            return None
-        try:
-            facts = read_json(self.stages / f"{key}.part" / _HOLDER)
-            return f"process {facts['pid']} on {facts['host']}"
-        except (OSError, TornFileError, KeyError):
-            return "another process"
+        return self._lock(key).holder()
+
+    def _lock(self, key: str) -> StageLock:
+        return StageLock(self.stages / f"{key}.lock", self.stages / f"{key}.part" / _HOLDER)
 
     # -- runs ------------------------------------------------------------------------------
 
@@ -244,13 +224,17 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         fresh = {**run.__dict__, "stages": list(stages), "touched": now()}
         write_json(folder / _RUN, fresh)
-        self.index.add_run(run.__dict__)
+        self._ask(lambda index: self._enter(run, index))
         return run
 
     def runs(self) -> list[Run]:
         """All runs, the newest last."""
-        found = [self._read_run(name) for name in self._run_names()]
-        return sorted((r for r in found if r), key=lambda r: (self._touched(r.run), r.run))
+        found = {name: self._read_run(name) for name in self._run_names()}
+        for name in (name for name, run in found.items() if run is None):
+            path = self.reports / name / _RUN
+            log.warning("%s is damaged; running its config again writes it anew", path)
+        runs = [run for run in found.values() if run]
+        return sorted(runs, key=lambda run: (self._touched(run.run), run.run))
 
     def run(self, name: str | None = None) -> Run:
         """A run by id, prefix of an id, or name (its newest run); the newest of all by default.
@@ -301,7 +285,7 @@ class Store:
         if not self.reports.is_dir():
             return []
         named = {p.parent.name for p in self.reports.glob(f"*/{_RUN}")}
-        return sorted(named | set(self.index.run_names()))
+        return sorted(named | set(self._ask(Index.run_names)))
 
     def _read_run(self, name: str) -> Run | None:
         """From its file; from the index if the file is torn, which is then written again."""
@@ -311,7 +295,7 @@ class Store:
             return Run(**{k: raw[k] for k in Run.__dataclass_fields__} | {"stages": _tuple(raw)})
         except (OSError, TornFileError, KeyError, TypeError):
             pass
-        raw_run = self.index.run(name) if self.index.exists() else None
+        raw_run = self._ask(lambda index: index.run(name) if index.exists() else None)
         if raw_run is None:
             return None
         try:
@@ -323,9 +307,10 @@ class Store:
 
     def _touched(self, name: str) -> str:
         try:
-            return str(read_json(self.reports / name / _RUN).get("touched", ""))
+            raw = read_json(self.reports / name / _RUN)
         except (OSError, TornFileError):
             return ""
+        return str(raw.get("touched") or raw.get("created"))  # restored from the index: no touch
 
     # -- index -----------------------------------------------------------------------------
 
@@ -333,20 +318,34 @@ class Store:
     def index(self) -> Index:
         """The SQL index, opened at first use and brought up to what the folders hold."""
         if self._index is None:
-            self._index = Index(self.root, self._url)
-            self._index.synchronise(self.keys(), self.read)
-            for path in self.reports.glob(f"*/{_RUN}") if self._index.exists() else ():
-                if path.parent.name not in self._index.run_names():
-                    run = self._read_run(path.parent.name)
-                    if run is not None:
-                        self._index.add_run(run.__dict__)
+            return self._brought_up(Index(self.root, self._url))
         return self._index
+
+    def _ask(self, act: Callable[[Index], T]) -> T:
+        """Does something with the index; where there is no space for it, with one in memory."""
+        try:
+            return act(self.index)
+        except OSError:
+            return act(self._brought_up(Index(self.root, memory=True)))
+
+    def _brought_up(self, index: Index) -> Index:
+        self._index = index
+        index.synchronise(self.keys(), self.read)
+        written = {path.parent.name for path in self.reports.glob(f"*/{_RUN}")}
+        for name in sorted(written - set(index.run_names())):
+            if run := self._read_run(name):
+                self._enter(run, index)
+        return index
+
+    def _enter(self, run: Run, index: Index) -> None:
+        index.add_run(run.__dict__)
+        index.set_states(run.run, [self.state(str(stage["key"])) for stage in run.stages])
 
     def results(self, run: Run) -> list[dict[str, Any]]:
         """A run's rows in ladder order, its unfinished and failed stages included."""
         states = [self.state(str(stage["key"])) for stage in run.stages]
-        self.index.set_states(run.run, states)
-        return self.index.results(run.run)
+        self._ask(lambda index: index.set_states(run.run, states))
+        return self._ask(lambda index: index.results(run.run))
 
     def _make(self) -> None:
         try:
@@ -358,32 +357,40 @@ class Store:
         except OSError as error:
             raise StoreError(store_problem(self.root, error)) from None
 
+    def leftovers(self) -> list[Path]:
+        """Files that a killed process was writing, over an hour ago, outside any stage."""
+        found = [*self.stages.glob(".probe-*"), *self.reports.glob(f"*/{TEMPORARY}")]
+        return sorted(path for path in found if time.time() - path.stat().st_mtime > 3600)
+
     def remove(self, path: Path) -> int:
-        """Deletes a folder or file of the store; gives back its size in bytes."""
-        if path.is_file():
-            size = path.stat().st_size
-            path.unlink()
-            return size
-        size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-        shutil.rmtree(path)
+        """Deletes a folder or file of the store; gives back the bytes that this has freed.
+
+        What belongs to a stage that a process holds stays.
+        """
+        key = path.name.partition(".")[0]
+        if path.parent != self.stages or not key:
+            return _delete(path)
+        lock = self._lock(key)
+        held = lock.try_to_hold()
+        if held is None:
+            return 0
+        try:
+            freed = _delete(path)
+            if not any((self.stages / name).exists() for name in (key, f"{key}.part")):
+                lock.path.unlink(missing_ok=True)
+            return freed
+        finally:
+            lock.release(held)
+
+
+def _delete(path: Path) -> int:
+    if not path.is_dir():
+        size = path.stat().st_size
+        path.unlink()
         return size
-
-
-def store_problem(root: Path, error: OSError) -> str:
-    """What a failed write means for a user, and the way out."""
-    if error.errno == errno.ENOSPC:
-        return (
-            f"no space left for the store {root}; free some (see: bitladder clean) and go on with: "
-            "bitladder resume"
-        )
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return f"the store {root} cannot be written ({error.strerror}); give another with --store"
-    return f"the store {root} cannot be used: {error.strerror or error}"
-
-
-def now() -> str:
-    """The time in UTC, to the microsecond, ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")
+    size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    shutil.rmtree(path)
+    return size
 
 
 def _tuple(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:

@@ -5,8 +5,11 @@ It holds nothing that the folders do not hold, so a torn one is thrown away and 
 
 from __future__ import annotations
 
+import errno
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from filelock import FileLock
 from sqlalchemy import (
     JSON,
     Column,
+    Connection,
     Engine,
     Float,
     ForeignKey,
@@ -117,14 +121,14 @@ FROM run_stages r LEFT JOIN stages s ON s.key = r.key"""
 class Index:
     """The tables, opened or built anew."""
 
-    def __init__(self, root: Path, url: str | None = None) -> None:
+    def __init__(self, root: Path, url: str | None = None, *, memory: bool = False) -> None:
         self._file = None if url else root / "results.db"
         self._url = url or f"sqlite:///{self._file}"
-        self._engine: Engine | None = None
+        self._engine: Engine | None = self._open(memory=True) if memory else None
 
     def exists(self) -> bool:
         """Whether there is something to read."""
-        return self._file is None or self._file.exists()
+        return self._engine is not None or self._file is None or self._file.exists()
 
     @property
     def engine(self) -> Engine:
@@ -138,6 +142,8 @@ class Index:
         try:
             return self._open()
         except DatabaseError as error:
+            if self._no_space(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
             if self._file is not None and _says(error, _READ_ONLY):
                 return self._open(memory=True)
             if self._file is None or not _says(error, _DAMAGED):
@@ -198,25 +204,40 @@ class Index:
             connection.execute(insert(_meta).values(schema_version=SCHEMA_VERSION))
         return engine
 
+    @contextmanager
+    def _begin(self) -> Iterator[Connection]:
+        """A transaction; no space for it is an `OSError`, as it is for a file."""
+        try:
+            with self.engine.begin() as connection:
+                yield connection
+        except DatabaseError as error:
+            if self._no_space(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+            raise
+
+    def _no_space(self, error: DatabaseError) -> bool:
+        # on a full disk SQLite calls some of its failures "disk I/O error", as on a torn file
+        if self._file is None or not _says(error, ("disk is full", "disk i/o")):
+            return False
+        return shutil.disk_usage(self._file.parent).free < 2**20
+
     def synchronise(self, keys: Iterable[str], read: Callable[[str], StageRecord | None]) -> None:
         """Adds stages that the folders have and the index lacks, and drops those that are gone."""
         if not self.exists() and not list(keys):
             return
-        with self.engine.connect() as connection:
+        with self._begin() as connection:
             known = set(connection.execute(select(_stages.c.key)).scalars())
         there = set(keys)
         for key in there - known:
             if record := read(key):
                 self.add_stage(record)
         if gone := known - there:
-            with self.engine.begin() as connection:
-                connection.execute(delete(_artifacts).where(_artifacts.c.stage.in_(gone)))
-                connection.execute(delete(_stages).where(_stages.c.key.in_(gone)))
+            self.remove_stages(gone)
 
     def add_stage(self, record: StageRecord) -> None:
-        """Writes a stage and its files; a second time changes nothing."""
+        """Writes a stage and its files, done in every run; a second time changes nothing."""
         row = {name: record.metrics.get(name) for name in STAGE_COLUMNS}
-        with self.engine.begin() as connection:
+        with self._begin() as connection:
             connection.execute(delete(_artifacts).where(_artifacts.c.stage == record.key))
             connection.execute(delete(_stages).where(_stages.c.key == record.key))
             connection.execute(
@@ -229,6 +250,8 @@ class Index:
                     **row,
                 )
             )
+            done = _run_stages.update().where(_run_stages.c.key == record.key)
+            connection.execute(done.values(state="done", error=None))
             for name, facts in record.files.items():
                 connection.execute(
                     insert(_artifacts).values(
@@ -240,9 +263,17 @@ class Index:
                     )
                 )
 
+    def remove_stages(self, keys: Collection[str]) -> None:
+        """Takes stages and their files out; they are to do in every run."""
+        with self._begin() as connection:
+            undone = _run_stages.update().where(_run_stages.c.key.in_(keys))
+            connection.execute(undone.values(state="to do", error=None))
+            connection.execute(delete(_artifacts).where(_artifacts.c.stage.in_(keys)))
+            connection.execute(delete(_stages).where(_stages.c.key.in_(keys)))
+
     def add_run(self, run: Mapping[str, Any]) -> None:
         """Writes a run and its stages' places; states follow with `set_states`."""
-        with self.engine.begin() as connection:
+        with self._begin() as connection:
             connection.execute(delete(_run_stages).where(_run_stages.c.run == run["run"]))
             connection.execute(delete(_runs).where(_runs.c.run == run["run"]))
             plain = {k: run[k] for k in ("run", "name", "created", "config")}
@@ -256,7 +287,7 @@ class Index:
 
     def set_states(self, run: str, states: Iterable[tuple[str, str | None]]) -> None:
         """Writes where a run's stages stand, in ladder order."""
-        with self.engine.begin() as connection:
+        with self._begin() as connection:
             for position, (state, error) in enumerate(states):
                 connection.execute(
                     _run_stages.update()
@@ -268,12 +299,12 @@ class Index:
         """Ids of all runs in the index."""
         if not self.exists():
             return []
-        with self.engine.connect() as connection:
+        with self._begin() as connection:
             return list(connection.execute(select(_runs.c.run)).scalars())
 
     def run(self, name: str) -> dict[str, Any] | None:
         """A run as `run.json` would hold it."""
-        with self.engine.connect() as connection:
+        with self._begin() as connection:
             row = connection.execute(select(_runs).where(_runs.c.run == name)).mappings().first()
             if row is None:
                 return None
@@ -288,7 +319,7 @@ class Index:
     def results(self, run: str) -> list[dict[str, Any]]:
         """The rows of the view `results` for one run, in ladder order."""
         query = text("SELECT * FROM results WHERE run = :run ORDER BY position")
-        with self.engine.connect() as connection:
+        with self._begin() as connection:
             return [dict(r) for r in connection.execute(query, {"run": run}).mappings()]
 
 

@@ -1,0 +1,56 @@
+"""Tables for people: on a terminal as it has room, elsewhere as wide as they need."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+_COLOURS = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow"}
+_PROSE = ("what it is", "options", "source")  # may fold; what people copy never does
+
+
+def table_of(
+    columns: Iterable[str], *, title: str | None = None, right: Collection[str] = ()
+) -> Table:
+    """An empty table with these columns; those in `right` hold numbers."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(
+            column,
+            justify="right" if column in right else "left",
+            no_wrap=column not in _PROSE,
+            overflow="fold",
+        )
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Prints to standard output; in a file or a pipe every row is one line, however long."""
+    console = Console()
+    needed = _measure(table)
+    # where even the least is too wide, the terminal breaks the lines, which loses nothing
+    width = max(console.width, needed.minimum) if console.is_terminal else needed.maximum
+    Console(width=width).print(table, crop=False)
+
+
+def fits(table: Table) -> bool:
+    """Whether the terminal has room for all columns side by side."""
+    return _measure(table).minimum <= Console().width
+
+
+def coloured(state: str, text: str | None = None) -> str:
+    """The text, or the state itself, as markup in the state's colour."""
+    return f"[{_COLOURS.get(state, 'default')}]{text or state}[/]"
+
+
+def _measure(table: Table) -> Measurement:
+    console = Console()
+    for column in table.columns:
+        if column.no_wrap:  # to rich alone this means: rather cut than folded
+            cells = (Text.from_markup(str(cell)) for cell in (column.header, *column.cells))
+            column.min_width = max(cell.cell_len for cell in cells)
+    return Measurement.get(console, console.options.update(width=10_000), table)
