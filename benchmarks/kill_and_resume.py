@@ -12,7 +12,8 @@ and the results table with the files.
 
 `--truncate` also cuts a file of the store off at a random byte before it resumes: first a kind of
 file is drawn (results.db, results.db-wal, stage.json, last.pt, ...), then one of that kind. Its
-instants reach beyond the end of the run, where there is nothing to kill but more to truncate.
+instants reach beyond the end of the run, where there is nothing to kill but more to truncate; one
+before there is any file to truncate waits for results.db.
 
 `--aim PHASE=N` adds N trials that, from their instant on, wait for the next time that a phase of
 that name begins, and kill within 20 ms of it; `sql` waits for a write to the SQLite database.
@@ -181,7 +182,10 @@ def run_trial(setting: Setting, trial: Trial, expected: Weights) -> Outcome:
     store = setting.out / f"trial-{trial.number}"
     outcome = Outcome(trial)
     arguments = ["run", setting.config, *setting.options, "--runner", setting.runner]
-    kill(WatchedRun(arguments, store), trial, draw, outcome)
+    run = WatchedRun(arguments, store)
+    if setting.truncate:
+        run.wait_for_file(store / "results.db")
+    kill(run, trial, draw, outcome)
     if setting.truncate:
         outcome.truncated = truncate_one(store, draw)
     outcome.went_on = go_on(setting, store, outcome)
