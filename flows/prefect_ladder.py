@@ -57,6 +57,7 @@ def run_flow(
     from prefect import flow, task
     from prefect import tags as tagged
     from prefect.cache_policies import NO_CACHE
+    from prefect.context import TagsContext
     from prefect.exceptions import TerminationSignal
     from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
@@ -84,7 +85,8 @@ def run_flow(
 
     @flow(name="ladder", flow_run_name=lambda: run_id, persist_result=False, retries=0)
     def ladder(run_id: str, store: str, stages: list[Stage]) -> None:
-        with sigterm.installed():
+        # tags on tasks are concurrency limits: the server would be asked for a slot at each
+        with sigterm.installed(), TagsContext(current_tags=set()):
             for position, spec in enumerate(stages):
                 name = f"{position}-{spec['name']}".replace("{", "{{").replace("}", "}}")
                 stage.with_options(task_run_name=name)(spec, store)  # a format string
