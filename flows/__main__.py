@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import logging
 import sys
 from pathlib import Path
@@ -208,7 +206,6 @@ def _quiet(verbose: bool) -> None:
 
 def main() -> None:
     """The console script: runs a command and turns an error into one message and an exit code."""
-    atexit.register(gc.freeze)  # a last collection among PyTorch's objects would cost 0.6 s
     try:
         app(standalone_mode=True)
     except KeyboardInterrupt:
