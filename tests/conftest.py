@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
 
 _home = tempfile.TemporaryDirectory(prefix="bitladder-prefect-", ignore_cleanup_errors=True)
@@ -20,6 +23,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")  # sums depend on the number of th
 
 settings.register_profile("bitladder", deadline=None)  # a busy machine is no failure
 settings.load_profile("bitladder")
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """The command line sets the level of our loggers; what it sets ends with the test."""
+    ours = logging.getLogger("bitladder")
+    before = ours.level
+    yield
+    ours.setLevel(before)
 
 
 def pytest_unconfigure() -> None:
