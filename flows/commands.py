@@ -12,7 +12,8 @@ from rich.table import Table
 
 from ..pipeline.errors import ConfigError, StoreError
 from ..pipeline.record import CHECKPOINT
-from ..pipeline.store import Run, Store
+from ..pipeline.run import Run
+from ..pipeline.store import Store
 from .resume_command import resume_command
 from .tables import coloured, fits, print_table, table_of
 
@@ -314,6 +315,8 @@ def _removable(store: Store) -> list[tuple[Path, str]]:
         return []
     found = [(path, "half written by a process that was killed") for path in store.leftovers()]
     used = {str(stage["key"]) for run in store.runs() for stage in run.stages}
+    if store.damaged_runs():  # whose stages would seem to be nobody's
+        used |= {path.name.partition(".")[0] for path in store.stages.iterdir()}
     for path in sorted(store.stages.iterdir()):
         key, _, rest = path.name.partition(".")
         if key and store.holder(key) is not None:

@@ -11,8 +11,9 @@ from ..pipeline.errors import BitladderError, ConfigError, Interrupted
 from ..pipeline.events import Listener
 from ..pipeline.interruption import Interruption
 from ..pipeline.report import REPORTS, accuracy_report, write_report
+from ..pipeline.run import Run
 from ..pipeline.runner import Ladder, open_ladder, run_ladder, run_stage
-from ..pipeline.store import Run, Store
+from ..pipeline.store import Store
 from .prefect_ladder import run_flow
 from .prefect_server import temporary_api
 from .resume_command import resume_command

@@ -30,6 +30,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def _is_set(section: Section, field: str) -> bool:
+    """Whether a value differs from its default; a stored config spells every default out."""
+    return bool(getattr(section, field) != type(section).model_fields[field].default)
+
+
 class Component(BaseModel):
     """A named part and its options; the part's own signature says which options it takes."""
 
@@ -93,6 +98,13 @@ class OptimizerConfig(Section):
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), strict=False)  # Adam only
     weight_decay: NonNegative = 1e-4  # not applied to biases and batch norm
 
+    @model_validator(mode="after")
+    def _only_its_own(self) -> OptimizerConfig:
+        foreign = ("betas",) if self.name == "sgd" else ("momentum", "nesterov")
+        if wrong := [field for field in foreign if _is_set(self, field)]:
+            raise ValueError(f"{self.name} has no {' and no '.join(wrong)}")
+        return self
+
 
 class QuantizerParametersConfig(Section):
     """Learning rate and weight decay of steps and clips: absolute, or times the weights' own."""
@@ -105,7 +117,7 @@ class QuantizerParametersConfig(Section):
     @model_validator(mode="after")
     def _one_of_each(self) -> QuantizerParametersConfig:
         for absolute, factor in (("lr", "lr_factor"), ("weight_decay", "weight_decay_factor")):
-            if {absolute, factor} <= self.model_fields_set and getattr(self, absolute) is not None:
+            if getattr(self, absolute) is not None and _is_set(self, factor):
                 raise ValueError(f"give {absolute} or {factor}, not both")
         return self
 

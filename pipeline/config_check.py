@@ -24,7 +24,7 @@ def check_parts(run: RunConfig) -> list[str]:
         errors += _check_quantizers(stage, where)
         errors += _check_parents(run, index, stage, where)
         if stage.distill.teacher != "none":
-            found = check_options(LOSSES, stage.distill.loss, stage.distill.options)
+            found = _check_loss(stage)
             errors += _at((*where, "distill"), found)
     return errors
 
@@ -77,6 +77,17 @@ def _check_choice(target: Target, bits: int, choice: Component) -> list[Mistake]
     try:  # activations follow a ReLU in most networks; the probe pass decides for each layer
         site = Site(target, bits=bits, signed=target == "weight", channels=1)
         QUANTIZERS[choice.name].factory.check(site)
+    except ValueError as error:
+        return [("", str(error))]
+    return []
+
+
+def _check_loss(stage: StageConfig) -> list[Mistake]:
+    name, options = stage.distill.loss, stage.distill.options
+    if found := check_options(LOSSES, name, options):
+        return found
+    try:
+        LOSSES[name].factory(**options)
     except ValueError as error:
         return [("", str(error))]
     return []

@@ -22,6 +22,8 @@ INHERITED = ("quantizer", "policy", "train", "distill", "bin_regularization")
 RUN_KEYS = ("name", "seed", "data", "model", "runtime", "ladder")
 RUNG_KEYS = ("name", "weight_bits", "activation_bits", "init", "epochs", "teacher")
 MAX_STAGES = 64
+# what optimizers, schedules and distillation losses have in common
+_SHARED = ("lr", "weight_decay", "warmup_epochs", "final", "teacher", "weight")
 # for a required value that is missing or wrong, so that the rest is checked all the same
 STAND_INS: dict[type[BaseModel], dict[str, Any]] = {
     StageConfig: {"weight_bits": 32, "activation_bits": 32},
@@ -165,7 +167,9 @@ def _merge(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
 
 
 def _put(section: Any, key: str, value: Any) -> Any:
-    return {**section, key: value} if isinstance(section, dict) else {key: value}
+    if section is None:
+        return {key: value}
+    return {**section, key: value} if isinstance(section, dict) else section
 
 
 def _overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +179,8 @@ def _overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
         if not (isinstance(old, dict) and isinstance(value, dict)):
             merged[key] = value
         elif any(k in value and value[k] != old.get(k) for k in ("name", "loss")):
-            merged[key] = value  # another part: the options of the old one do not fit it
+            # another part: of the old one's settings only those that every such part has
+            merged[key] = {k: v for k, v in old.items() if k in _SHARED} | value
         else:
             merged[key] = _overlay(old, value)
     return merged

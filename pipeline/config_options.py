@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
@@ -36,8 +38,20 @@ def check_options(registry: Registry[Any], name: str, options: Mapping[str, Any]
 @cache
 def _schema(entry: Entry[Any]) -> type[BaseModel]:
     fields: dict[str, Any] = {
-        name: (p.annotation, ... if p.default is inspect.Parameter.empty else p.default)
+        name: (
+            _without_paths(p.annotation),
+            ... if p.default is inspect.Parameter.empty else p.default,
+        )
         for name, p in entry.options().items()
     }
-    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, strict=True)
     return create_model(f"{entry.name}_options", __config__=config, **fields)
+
+
+def _without_paths(annotation: Any) -> Any:
+    """The annotation as YAML can meet it: a path is text there."""
+    if annotation is Path:
+        return str
+    if isinstance(annotation, UnionType) or get_origin(annotation) is Union:
+        return Union[tuple(_without_paths(a) for a in get_args(annotation))]  # noqa: UP007
+    return annotation

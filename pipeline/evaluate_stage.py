@@ -15,8 +15,9 @@ from .fit import EVALUATION_BATCH
 from .machine import choose_device
 from .network import load_network
 from .record import StageRecord
+from .run import Run
 from .runner import load_data
-from .store import Run, Store
+from .store import Store
 
 
 @dataclass(frozen=True)

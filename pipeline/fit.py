@@ -91,7 +91,7 @@ def fit(
     optimizer = build_optimizer(learner, learner.student, stage.train)
     at = Position()
     if resume is not None:
-        at = _restore(optimizer, resume)
+        at = _restore(optimizer, resume, device)
     per_epoch = data.train.num_batches(batch_size)
     steps = stage.train.epochs * per_epoch
     clock = _Clock(done=at.epoch * per_epoch + at.batch, steps=steps)
@@ -152,6 +152,7 @@ def fit(
         at.seconds = time.monotonic() - epoch_start
         _require_finite(_total(at), learner, x, around, at, per_epoch)
         _end_epoch(learner, data, at, optimizer, device)
+        _require_finite(torch.tensor(at.history[-1]["val_loss"]), learner, x, around, at, per_epoch)
         _write_history(around.workdir, at.history)
         _save(learner, optimizer, at, around)
         saved = time.monotonic()
@@ -259,14 +260,14 @@ def _save(learner: Learner, optimizer: Optimizer, at: Position, around: Surround
     log.debug("phase training")
 
 
-def _restore(optimizer: Optimizer, state: dict[str, Any]) -> Position:
+def _restore(optimizer: Optimizer, state: dict[str, Any], device: torch.device) -> Position:
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"].cpu())
     if state["cuda_rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda_rng"]])
     return Position(
         **state["position"],
-        sums=state["sums"],
+        sums=state["sums"].to(device) if state["sums"] is not None else None,
         terms=state["terms"],
         history=json.loads(state["history"]),
     )

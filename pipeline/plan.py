@@ -17,7 +17,7 @@ from .data import DATASETS
 from .data.fingerprint import fingerprint
 from .errors import ConfigError
 from .losses import LOSSES
-from .policy import choose_quantizer
+from .policy import choose_quantizer, policy_of
 from .spec import Plan, PlannedStage, StageSpec
 
 # Raised when the numbers that the training recipe gives change: batch order, schedules,
@@ -41,8 +41,8 @@ def make_plan(config: RunConfig) -> Plan:
         rungs = {"previous": previous, "fp32": fp32}
         init = rungs.get(stage.init)
         teacher = rungs.get(stage.distill.teacher)
-        if stage.train.epochs == 0:
-            teacher = None  # nothing is trained
+        if stage.train.epochs == 0 or stage.distill.weight == 0:
+            teacher = None  # it would change nothing
         spec = StageSpec(
             kind="train",
             options={
@@ -77,8 +77,11 @@ def _determining(stage: StageConfig, *, distilled: bool) -> dict[str, Any]:
     values["distill"].pop("teacher")
     if not distilled:
         values.pop("distill")
-    regularized = stage.bin_regularization.weight or stage.bin_regularization.activation
-    if stage.full_precision or not regularized:
+    bins = stage.bin_regularization
+    used = (
+        bins.weight or bins.activation or bins.freeze_weight_scale or bins.freeze_activation_scale
+    )
+    if stage.full_precision or not used:
         values.pop("bin_regularization")
     if stage.full_precision:
         values.pop("quantizer")
@@ -98,16 +101,16 @@ def _chosen(choice: Component, bits: int) -> dict[str, Any]:
 
 
 def _versions(stage: StageConfig, *, distilled: bool) -> dict[str, int]:
-    versions = {}
+    versions = {"loss cross_entropy": LOSSES["cross_entropy"].version}
     if distilled:
         versions[f"loss {stage.distill.loss}"] = LOSSES[stage.distill.loss].version
     if not stage.full_precision:
-        names = {
-            choose_quantizer(stage.quantizer.weight, stage.weight_bits).name,
-            choose_quantizer(stage.quantizer.activation, stage.activation_bits).name,
-            *(c.name for r in stage.policy.rules for c in (r.weight, r.activation) if c),
-        }
-        versions |= {f"quantizer {name}": QUANTIZERS[name].version for name in names}
+        policy = policy_of(stage)
+        first_last = (policy.first_last_weight, policy.first_last_activation)
+        by_rule = (choice for rule in policy.rules for choice in (rule.weight, rule.activation))
+        for choice in (policy.weight, policy.activation, *first_last, *by_rule):
+            if choice is not None:
+                versions[f"quantizer {choice.name}"] = QUANTIZERS[choice.name].version
     return versions
 
 

@@ -20,8 +20,15 @@ def policy_of(stage: StageConfig) -> QuantPolicy:
             match=rule.match,
             weight_bits=rule.weight_bits,
             activation_bits=rule.activation_bits,
-            weight=_choice(rule.weight, rule.weight_bits or stage.weight_bits),
-            activation=_choice(rule.activation, rule.activation_bits or stage.activation_bits),
+            weight=_of_rule(
+                rule.weight, rule.weight_bits, stage.quantizer.weight, stage.weight_bits
+            ),
+            activation=_of_rule(
+                rule.activation,
+                rule.activation_bits,
+                stage.quantizer.activation,
+                stage.activation_bits,
+            ),
         )
         for rule in stage.policy.rules
     )
@@ -38,6 +45,15 @@ def policy_of(stage: StageConfig) -> QuantPolicy:
         shortcut=stage.policy.shortcut,
         rules=rules,
     )
+
+
+def _of_rule(
+    own: Component | None, bits: int | None, inner: Component, inner_bits: int
+) -> QuantizerChoice | None:
+    """A rule's method; one that sets a width alone takes the inner method at that width."""
+    if own is None and bits is None:
+        return None
+    return _choice(own or inner, bits or inner_bits)
 
 
 def _choice(component: Component | None, bits: int) -> QuantizerChoice | None:

@@ -12,7 +12,8 @@ from .errors import ConfigError
 from .files import write_atomic
 from .record import MANIFEST
 from .report_html import html_page
-from .store import Run, Store
+from .run import Run
+from .store import Store
 from .store_index import STAGE_COLUMNS
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,6 +16,7 @@ import torch
 from ..quant.probing import Probe, probe
 from .config import RunConfig, RuntimeConfig, StageConfig
 from .data import DATASETS, DataBundle
+from .data.listing import forget_listings
 from .errors import (
     BitladderError,
     ConfigError,
@@ -86,6 +86,8 @@ def open_ladder(
         StoreError: the store cannot be written.
     """
     store = store if isinstance(store, Store) else Store(store)
+    forget_listings()  # in a long session the files may have changed since the last ladder
+    load_data.cache_clear()
     plan = make_plan(config)
     finished = all(store.find(stage.key) for stage in plan.stages)
     if not finished:
@@ -224,9 +226,7 @@ def _work(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None]) -
     )
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
-        seed = int(spec.key[:15], 16)
-        torch.manual_seed(seed)  # foreign networks draw their dropout from it
-        random.seed(seed)
+        torch.manual_seed(int(spec.key[:15], 16))  # foreign networks draw their dropout from it
         output = STAGES[spec.kind].factory(context)
     files = {
         name: {"sha256": sha256_of(workdir / name), "bytes": (workdir / name).stat().st_size}

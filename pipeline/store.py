@@ -14,15 +14,15 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from .errors import StoreError, store_problem
 from .files import TEMPORARY, TornFileError, now, read_json, sha256_of, sync_folder, write_json
 from .record import CHECKPOINT, MANIFEST, METRICS, StageRecord, read_record
+from .run import Run
 from .spec import Plan
 from .stage_lock import StageLock
 from .store_index import Index
@@ -32,17 +32,6 @@ T = TypeVar("T")
 DEFAULT_STORE = Path("artifacts")
 State = Literal["done", "running", "failed", "interrupted", "to do"]
 _HOLDER, _ERROR, _RUN = "holder.json", "error.json", "run.json"
-
-
-@dataclass(frozen=True)
-class Run:
-    """A registered ladder: what `run.json` holds."""
-
-    run: str
-    name: str
-    created: str
-    config: Mapping[str, Any]
-    stages: tuple[Mapping[str, Any], ...]  # name, key, spec, teacher, parent
 
 
 class Store:
@@ -74,6 +63,7 @@ class Store:
         """
         self._finish_commit(key)
         if record := self.find(key):
+            self._enter_stage(record)  # a crash may have come between the rename and the index
             return record
         folder = self.stages / key
         if folder.is_dir():
@@ -132,8 +122,14 @@ class Store:
         log.debug("phase commit")
         write_json(part / MANIFEST, record.as_dict())
         self._finish_commit(record.key)
-        self._ask(lambda index: index.add_stage(record))
+        self._enter_stage(record)
         return record
+
+    def _enter_stage(self, record: StageRecord) -> None:
+        try:
+            self._ask(lambda index: index.add_stage(record))
+        except StoreError as error:  # the folder is what counts; the index is made from it again
+            log.warning("%s", error)
 
     def _finish_commit(self, key: str) -> None:
         """Renames finished work; also after a crash between the manifest and the rename."""
@@ -206,35 +202,27 @@ class Store:
 
     def register(self, plan: Plan) -> Run:
         """Writes a run down before anything of it is trained."""
-        stages = tuple(
-            {
-                "name": s.name,
-                "key": s.key,
-                "spec": s.spec.as_dict(),
-                "teacher": s.teacher,
-                "parent": s.parent,
-            }
-            for s in plan.stages
-        )
         known = self._read_run(plan.run)
-        created = known.created if known else now()
-        run = Run(plan.run, plan.name, created, plan.config.model_dump(mode="json"), stages)
+        run = Run.of(plan, created=known.created if known else now())
         self._make()
         folder = self.reports / run.run
         folder.mkdir(parents=True, exist_ok=True)
-        fresh = {**run.__dict__, "stages": list(stages), "touched": now()}
-        write_json(folder / _RUN, fresh)
+        write_json(folder / _RUN, {**run.as_dict(), "touched": now()})
         self._ask(lambda index: self._enter(run, index))
         return run
 
     def runs(self) -> list[Run]:
         """All runs, the newest last."""
-        found = {name: self._read_run(name) for name in self._run_names()}
-        for name in (name for name, run in found.items() if run is None):
-            path = self.reports / name / _RUN
+        found = [self._read_run(name) for name in self._run_names()]
+        for path in self.damaged_runs():
             log.warning("%s is damaged; running its config again writes it anew", path)
-        runs = [run for run in found.values() if run]
+        runs = [run for run in found if run]
         return sorted(runs, key=lambda run: (self._touched(run.run), run.run))
+
+    def damaged_runs(self) -> list[Path]:
+        """Files of runs that nothing can restore: which stages they refer to is not known."""
+        names = [name for name in self._run_names() if self._read_run(name) is None]
+        return [self.reports / name / _RUN for name in names]
 
     def run(self, name: str | None = None) -> Run:
         """A run by id, prefix of an id, or name (its newest run); the newest of all by default.
@@ -291,8 +279,7 @@ class Store:
         """From its file; from the index if the file is torn, which is then written again."""
         path = self.reports / name / _RUN
         try:
-            raw = read_json(path)
-            return Run(**{k: raw[k] for k in Run.__dataclass_fields__} | {"stages": _tuple(raw)})
+            return Run.from_dict(read_json(path))
         except (OSError, TornFileError, KeyError, TypeError):
             pass
         raw_run = self._ask(lambda index: index.run(name) if index.exists() else None)
@@ -303,7 +290,7 @@ class Store:
             write_json(path, raw_run)
         except OSError:
             pass  # a read-only store
-        return Run(**raw_run | {"stages": _tuple(raw_run)})
+        return Run.from_dict(raw_run)
 
     def _touched(self, name: str) -> str:
         try:
@@ -338,7 +325,7 @@ class Store:
         return index
 
     def _enter(self, run: Run, index: Index) -> None:
-        index.add_run(run.__dict__)
+        index.add_run(run.as_dict())
         index.set_states(run.run, [self.state(str(stage["key"])) for stage in run.stages])
 
     def results(self, run: Run) -> list[dict[str, Any]]:
@@ -391,7 +378,3 @@ def _delete(path: Path) -> int:
     size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
     shutil.rmtree(path)
     return size
-
-
-def _tuple(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    return tuple(dict(stage) for stage in raw["stages"])

@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Column,
     Connection,
     Engine,
@@ -35,7 +36,7 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import ArgumentError, DatabaseError
 from sqlalchemy.pool import NullPool
 
 from .errors import StoreError
@@ -69,7 +70,7 @@ STAGE_COLUMNS: dict[str, type] = {
     "images_per_second": float,
     "device": str,
 }
-_TYPES: dict[type, Any] = {int: Integer, float: Float, str: String}
+_TYPES: dict[type, Any] = {int: BigInteger, float: Float, str: String}
 
 _meta = Table("meta", _metadata, Column("schema_version", Integer, primary_key=True))
 _runs = Table(
@@ -109,7 +110,7 @@ _artifacts = Table(
     Column("stage", ForeignKey("stages.key"), primary_key=True),
     Column("path", String, primary_key=True),
     Column("kind", String, nullable=False),
-    Column("bytes", Integer, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
     Column("sha256", String, nullable=False),
 )
 _RESULTS = f"""CREATE VIEW results AS
@@ -177,7 +178,7 @@ class Index:
 
             engine = create_engine("sqlite://", poolclass=StaticPool)
         elif self._file is None:
-            engine = create_engine(self._url)
+            engine = _connect(self._url)
         else:
             engine = create_engine(self._url, poolclass=NullPool, connect_args={"timeout": 60})
             event.listen(engine, "connect", _use_wal)
@@ -196,6 +197,12 @@ class Index:
                     )
                 if found == SCHEMA_VERSION and "results" in tables.get_view_names():
                     return engine
+            taken = [t.name for t in _metadata.sorted_tables if tables.has_table(t.name)]
+            if taken and not tables.has_table("meta"):
+                raise StoreError(
+                    f"{self._url} has tables of somebody else ({', '.join(taken)}): give a "
+                    "database of its own with --database"
+                )
             # no schema, or an older one: an index has nothing to migrate that it cannot rebuild
             connection.execute(text("DROP VIEW IF EXISTS results"))
             _metadata.drop_all(connection)
@@ -213,7 +220,7 @@ class Index:
         except DatabaseError as error:
             if self._no_space(error):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
-            raise
+            raise StoreError(f"the results database does not answer: {error.orig}") from None
 
     def _no_space(self, error: DatabaseError) -> bool:
         # on a full disk SQLite calls some of its failures "disk I/O error", as on a torn file
@@ -321,6 +328,14 @@ class Index:
         query = text("SELECT * FROM results WHERE run = :run ORDER BY position")
         with self._begin() as connection:
             return [dict(r) for r in connection.execute(query, {"run": run}).mappings()]
+
+
+def _connect(url: str) -> Engine:
+    try:
+        return create_engine(url)
+    except (ArgumentError, ModuleNotFoundError) as error:
+        reason = f"{error}; for PostgreSQL: pip install 'bitladder[postgres]'"
+        raise StoreError(f"--database {url!r} cannot be used: {reason}") from None
 
 
 def _use_wal(connection: Any, _: Any) -> None:

@@ -72,8 +72,13 @@ def list_images(root: Path) -> ImageListing:
 
 def list_images_now(root: Path) -> ImageListing:
     """The same, looked up again."""
-    _list_once.cache_clear()
+    forget_listings()
     return list_images(root)
+
+
+def forget_listings() -> None:
+    """Makes the next look at a folder a new one."""
+    _list_once.cache_clear()
 
 
 @cache

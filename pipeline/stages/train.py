@@ -146,7 +146,7 @@ def _measure(
         "val_loss": validation.loss,
         "test_top1": test.top1,
         "test_top5": test.top5,
-        "test_loss": test.loss,
+        "test_loss": test.loss if math.isfinite(test.loss) else None,
         "test_images": test.images,
         **_levels(layers, stage, context.around.name),
         "ideal_bytes": ideal_bytes(student),

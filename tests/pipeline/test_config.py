@@ -115,3 +115,48 @@ def test_a_mistake_above_the_ladder_is_said_once():
     found = errors_of({**BASE, "train": {"optimizer": {"lr": -1.0}}})
     assert len(found) == 1
     assert found[0].startswith("train.optimizer.lr:")
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"optimizer": {"name": "adam", "momentum": 0.3}}, "adam has no momentum"),
+        ({"quantizer_parameters": {"lr": 0.1, "lr_factor": 0.5}}, "give lr or lr_factor, not both"),
+        (5, "train:"),
+    ],
+)
+def test_a_setting_that_would_be_ignored_is_refused(train, message):
+    rung = {"weight_bits": 4, "activation_bits": 4, "epochs": 1, "train": train}
+    assert message in "\n".join(errors_of(rungs(rung)))
+
+
+def test_absolute_rates_of_quantizer_parameters_survive_being_stored():
+    config = parse_config({**BASE, "train": {"quantizer_parameters": {"lr": 0.1}}})
+    assert parse_config(config.model_dump(mode="json")) == config
+
+
+def test_text_that_means_no_elsewhere_is_not_taken_for_a_truth_value():
+    quantizer = {"weight": {"name": "lsq", "per_channel": "no"}}
+    rung = {"weight_bits": 4, "activation_bits": 4, "quantizer": quantizer}
+    assert "ladder.1.quantizer.weight.per_channel:" in errors_of(rungs(rung))[0]
+    assert "data.crop:" in errors_of({**BASE, "data": {"name": "digits", "crop": "1"}})[0]
+
+
+def test_another_loss_or_optimizer_keeps_what_all_of_its_kind_have():
+    rung = {
+        "weight_bits": 4,
+        "activation_bits": 4,
+        "distill": {"loss": "cross_entropy"},
+        "train": {"optimizer": "adam"},
+    }
+    defaults = {
+        "distill": {"loss": "kl", "temperature": 2.0, "weight": 0.75},
+        "train": {"optimizer": {"name": "sgd", "lr": 0.001, "momentum": 0.5}},
+    }
+    stage = parse_config({**rungs(rung), **defaults}).ladder[1]
+    assert (stage.distill.weight, stage.distill.options) == (0.75, {})
+    assert (stage.train.optimizer.name, stage.train.optimizer.lr) == ("adam", 0.001)
+
+
+def test_a_loss_that_cannot_be_built_is_refused_with_the_rest():
+    assert "temperature must be above 0" in errors_of({**BASE, "distill": {"temperature": 0.0}})[0]

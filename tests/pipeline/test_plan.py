@@ -77,3 +77,20 @@ def test_parents_and_teachers_are_those_the_config_names(tiny):
 def test_a_spec_survives_json(tiny):
     spec = make_plan(tiny(ladder=RUNGS)).stages[2].spec
     assert StageSpec.from_dict(spec.as_dict()).key == spec.key
+
+
+def test_freezing_the_steps_enters_a_key_without_any_lambda_too(tiny):
+    frozen = tiny(ladder=RUNGS, bin_regularization={"freeze_weight_scale": True})
+    assert keys(frozen)[0] == keys(tiny(ladder=RUNGS))[0]
+    assert keys(frozen)[1] != keys(tiny(ladder=RUNGS))[1]
+
+
+def test_a_rule_that_sets_one_bit_takes_the_method_of_one_bit(tiny):
+    rung = {**RUNGS[1], "policy": {"rules": [{"match": "conv2", "weight_bits": 1}]}}
+    (_, stage) = make_plan(tiny(ladder=[RUNGS[0], rung])).stages
+    assert "quantizer uniq" in stage.spec.options["versions"]
+
+
+def test_a_teacher_whose_loss_weighs_nothing_is_no_teacher(tiny):
+    stages = make_plan(tiny(ladder=RUNGS, distill={"weight": 0.0})).stages
+    assert {stage.teacher for stage in stages} == {None}

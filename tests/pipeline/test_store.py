@@ -12,7 +12,7 @@ from bitladder.pipeline.record import MANIFEST, MODEL
 from bitladder.pipeline.report import accuracy_report
 from bitladder.pipeline.runner import open_ladder
 from bitladder.pipeline.store import Store, store_problem
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, create_engine, event, text
 
 RUNGS = [
     {"weight_bits": 32, "activation_bits": 32, "epochs": 1},
@@ -202,3 +202,27 @@ def test_what_the_index_holds_is_what_the_folders_hold(config, store, run):
     assert {(path, sha) for path, _, sha in files if path.endswith(MODEL)} == {
         (f"stages/{record.key}/{MODEL}", record.sha256) for record in records
     }
+
+
+def test_numbers_of_a_stage_killed_before_its_index_entry_are_in_the_report(tiny, store, run):
+    records = run(tiny(), store)
+    last = records[-1].key
+    store.index.remove_stages([last])
+    part = store.stages / f"{last}.part"
+    (store.stages / last).rename(part)  # the manifest was written, the rename did not come
+    again = Store(store.root)
+    run(tiny(), again)
+    assert again.results(again.run())[-1]["test_top1"] == records[-1].metrics["test_top1"]
+
+
+def test_a_database_of_somebody_else_is_left_alone(tmp_path):
+    url = f"sqlite:///{tmp_path}/theirs.db"
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE runs (theirs TEXT)"))
+        connection.execute(text("INSERT INTO runs VALUES ('kept')"))
+    with pytest.raises(StoreError, match="somebody else"):
+        Store(tmp_path / "artifacts", url=url).index.run_names()
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT theirs FROM runs")).scalar() == "kept"
+    engine.dispose()

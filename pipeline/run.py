@@ -1,0 +1,57 @@
+"""A registered ladder, as `run.json` holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .spec import Plan
+
+
+@dataclass(frozen=True)
+class Run:
+    """A ladder that was begun.
+
+    Attributes:
+        run: its id.
+        name: of its config.
+        created: when it was first begun, UTC, ISO 8601.
+        config: the whole config with its defaults, as JSON values.
+        stages: in ladder order, each with name, key, spec, teacher and parent.
+    """
+
+    run: str
+    name: str
+    created: str
+    config: Mapping[str, Any]
+    stages: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def of(cls, plan: Plan, *, created: str) -> Run:
+        """The run of a plan."""
+        stages = tuple(
+            {
+                "name": stage.name,
+                "key": stage.key,
+                "spec": stage.spec.as_dict(),
+                "teacher": stage.teacher,
+                "parent": stage.parent,
+            }
+            for stage in plan.stages
+        )
+        return cls(plan.run, plan.name, created, plan.config.model_dump(mode="json"), stages)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The run as JSON values."""
+        return {**self.__dict__, "stages": [dict(stage) for stage in self.stages]}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Run:
+        """The inverse of `as_dict`; keys that it does not know are left out.
+
+        Raises:
+            KeyError: something is missing.
+        """
+        fields = {name: raw[name] for name in cls.__dataclass_fields__}
+        return cls(**fields | {"stages": tuple(dict(stage) for stage in raw["stages"])})
