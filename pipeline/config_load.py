@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from ..quant.registry import unknown
-from .config import Component, RunConfig, StageConfig
+from .config import RunConfig, StageConfig
 from .config_check import check_parts
 from .errors import ConfigError
 from .yaml_reader import apply_overrides, path_text, read_yaml_file
@@ -241,4 +241,4 @@ def _kind(value: Any) -> str:
     return "nothing" if value is None else names.get(type(value), "a number")
 
 
-__all__ = ["Component", "load_config", "parse_config", "shipped_configs"]
+__all__ = ["load_config", "parse_config", "shipped_configs"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..models import load_weights
 from ..quant.probing import Probe, probe
 from .config import RunConfig, RuntimeConfig, StageConfig
 from .data import DATASETS, DataBundle
@@ -115,8 +116,6 @@ def check_network(config: RunConfig) -> None:
     except (ValueError, TypeError) as error:
         raise ConfigError([f"model: {error}"]) from None
     if config.model.weights is not None:
-        from ..models import load_weights
-
         try:
             load_weights(model, Path(config.model.weights), key_map=config.model.key_map)
         except (ValueError, OSError) as error:
@@ -278,7 +277,7 @@ def _checkpoint(workdir: Path, ladder: Ladder, stage: PlannedStage) -> dict[str,
     if not path.is_file():
         return None
     try:
-        return read_checkpoint(path, device=torch.device("cpu"))
+        return read_checkpoint(path)
     except (TornFileError, RuntimeError) as error:
         path.unlink()
         ladder.event(stage, kind="message", text=f"begins again: {error}")
@@ -322,18 +321,6 @@ def load_data(name: str, options: str) -> DataBundle:
         return DATASETS[name].factory(**json.loads(options))
     except (ValueError, OSError) as error:
         raise ConfigError([f"data: {error}"]) from None
-
-
-def stage_by_name(stages: Sequence[PlannedStage], name: str) -> PlannedStage:
-    """A ladder's stage by its name.
-
-    Raises:
-        ConfigError: there is none; the message lists them.
-    """
-    for stage in stages:
-        if stage.name == name:
-            return stage
-    raise ConfigError([f"no stage {name!r}; there are: {', '.join(s.name for s in stages)}"])
 
 
 def _waiting(ladder: Ladder, stage: PlannedStage, holder: str) -> None:

@@ -31,8 +31,8 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     write_atomic(path, data + hashlib.sha256(data).digest())
 
 
-def read_checkpoint(path: Path, *, device: torch.device) -> dict[str, Any]:
-    """Reads what `write_checkpoint` wrote; nothing but tensors and plain values is ever loaded.
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads to the CPU what `write_checkpoint` wrote; loads only tensors and plain values.
 
     Raises:
         TornFileError: the bytes do not match their sha256.
@@ -41,6 +41,6 @@ def read_checkpoint(path: Path, *, device: torch.device) -> dict[str, Any]:
     data, stored = raw[:-_SHA256_BYTES], raw[-_SHA256_BYTES:]
     if hashlib.sha256(data).digest() != stored:
         raise TornFileError(f"{path} does not match its checksum")
-    state = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     assert isinstance(state, dict)
     return state
