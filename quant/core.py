@@ -72,18 +72,21 @@ class Site:
         target: weights or activations.
         bits: width of a code.
         signed: whether values below zero occur (always so for weights).
-        channels: size of the channel axis: O for weights (axis 0), C for activations (axis 1).
+        channels: size of the channel axis: O for weights (O, I, *kernel), C for activations.
+        axis: where the channels of an activation stand: 1 (N, C, *), or -1 (*, C) before a
+            linear layer. Those of a weight are always axis 0.
     """
 
     target: Target
     bits: int
     signed: bool
     channels: int
+    axis: int = 1
 
     @property
     def channel_axis(self) -> int:
-        """The axis of the channels, 0 for weights and 1 for activations."""
-        return 0 if self.target == "weight" else 1
+        """The axis of the channels in a tensor of this site."""
+        return 0 if self.target == "weight" else self.axis
 
 
 class Quantizer(nn.Module, ABC):
@@ -99,8 +102,9 @@ class Quantizer(nn.Module, ABC):
     """
 
     targets: ClassVar[frozenset[Target]] = frozenset({"weight", "activation"})
-    # of "nearest", "idempotent", "monotone": the laws that this method declares and is tested for
-    declares: ClassVar[frozenset[str]] = frozenset()
+    # of "nearest", "idempotent", "monotone": the laws that this method declares and is tested for;
+    # an instance may declare fewer, where an option or a width breaks one
+    declares: frozenset[str] = frozenset()
 
     def __init__(self, site: Site, *, per_channel: bool = False) -> None:
         super().__init__()
@@ -164,6 +168,15 @@ class Quantizer(nn.Module, ABC):
             gradient: factor on the scale's gradient; None takes the method's own for `x`.
         """
         return None
+
+    def at_progress(self, fraction: float) -> None:
+        """Takes note of how far the stage is, 0 .. 1; called before each training step.
+
+        Only for gradients that are annealed: what `encode` gives must not depend on it.
+        """
+
+    def after_step(self, weight: Tensor) -> None:
+        """Mends the latent weight in place; called after each step of the optimizer."""
 
 
 QUANTIZERS: Registry[type[Quantizer]] = Registry("quantizer")

@@ -5,14 +5,18 @@ All functions read `rows`, (groups, values): one row for each scale, float32.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .core import Range
 from .functional import round_to_level
 
-StepInit = Literal["nmse", "lsq", "mse"]
+StepInit = Literal["nmse", "lsq", "mse", "max", "percentile", "constant"]
+
+PERCENTILE = 0.999  # of the sizes |x|: what "percentile" covers
 
 # Step of the uniform quantizer with the least squared error, in standard deviations of a
 # Gaussian (mid-rise, signed) and of the Gaussian that a ReLU cut in half (from zero, unsigned).
@@ -53,6 +57,63 @@ def covering_step(rows: Tensor, *, low: float, high: float) -> Tensor:
     """The smallest step whose range holds every value of the row."""
     below = rows.amin(1) / low if low < 0 else torch.zeros_like(rows[:, 0])
     return torch.maximum(below, rows.amax(1) / high)
+
+
+def kept_step(keep: Range, rows: Tensor, *, low: float, high: float) -> Tensor:
+    """The step whose range is that of another quantizer of the same values, (groups,)."""
+    ends = (bound.to(rows.device).float().reshape(-1) for bound in keep)
+    kept_low, kept_high = ends
+    step = kept_high / high
+    if low < 0:
+        step = torch.maximum(step, kept_low / low)
+    return step.amax().expand(len(rows)) if len(step) != len(rows) else step
+
+
+def percentile_step(rows: Tensor, *, low: float, high: float) -> Tensor:
+    """The step whose range holds all but a thousandth of the row, by size."""
+    rank = max(1, math.ceil(PERCENTILE * rows.shape[1]))
+    size = rows.abs().kthvalue(rank, dim=1).values
+    return size / max(high, -low if low < 0 else high)
+
+
+def starting_steps(
+    rows: Tensor,
+    *,
+    init: StepInit,
+    low: float,
+    high: float,
+    bits: int,
+    signed: bool,
+    centered: bool = True,
+    lsq_levels: float | None = None,
+) -> Tensor:
+    """The steps that a choice of start proposes for a uniform grid of `low` .. `high` steps.
+
+    "nmse" Gaussian table; "lsq" the LSQ paper's formula; "mse" the table and a search, for the
+    least squared error; "max" covers every value; "percentile" all but a thousandth;
+    "constant" 3 / high for signed values and 8 / high for unsigned ones, as APoT starts its clips.
+
+    Args:
+        rows: (groups, values).
+        centered: see `nmse_step`.
+        lsq_levels: the Qp of the formula; `high` if None.
+
+    Returns:
+        (candidates, groups); more than one only with "mse". Not yet made `usable`.
+    """
+    if init == "lsq":
+        return lsq_step(rows, qmax=high if lsq_levels is None else lsq_levels)[None]
+    if init == "constant":
+        return torch.full_like(rows[:, 0], (3.0 if signed else 8.0) / high)[None]
+    if init == "percentile":
+        return percentile_step(rows, low=low, high=high)[None]
+    if init == "max" or (bits > 8 and init == "nmse"):  # no table above 8 bits: cover the values
+        return covering_step(rows, low=low, high=high)[None]
+    search = search_candidates(rows, low=low, high=high)
+    if bits > 8:
+        return search
+    table = nmse_step(rows, bits=bits, signed=signed, centered=centered)[None]
+    return torch.cat([table, search]) if init == "mse" else table
 
 
 def usable(step: Tensor, rows: Tensor, *, low: float, high: float) -> Tensor:

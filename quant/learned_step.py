@@ -19,10 +19,9 @@ from .functional import (
 from .initializers import (
     StepInit,
     best_step,
-    lsq_step,
-    nmse_step,
+    kept_step,
     rows_of,
-    search_candidates,
+    starting_steps,
     usable,
 )
 
@@ -68,9 +67,20 @@ class LearnedStepQuantizer(Quantizer):
     def calibrate(self, x: Tensor, *, keep: Range | None = None) -> None:
         """Sets the step and its lower bound; see `Quantizer.calibrate`."""
         rows = rows_of(x, channel_axis=self.channel_axis)
-        candidates = self._starts(rows)
+        candidates = starting_steps(
+            rows,
+            init=self.init,
+            low=self.low,
+            high=self.high,
+            bits=self.bits,
+            signed=self.signed,
+            centered=self.site.target == "weight",
+            lsq_levels=self.grad_levels,
+        )
         if keep is not None:
-            candidates = torch.cat([candidates, self._covering(keep, rows)[None]])
+            candidates = torch.cat(
+                [candidates, kept_step(keep, rows, low=self.low, high=self.high)[None]]
+            )
         fits = [usable(step, rows, low=self.low, high=self.high) for step in candidates]
         step = best_step(
             rows, torch.stack(fits), low=self.low, high=self.high, midrise=self.midrise
@@ -127,25 +137,5 @@ class LearnedStepQuantizer(Quantizer):
         if self.grad_scale == "numel_per_channel" and self.channel_axis is not None:
             numel //= x.shape[self.channel_axis]
         elif self.grad_scale == "channel_count" and self.site.target == "activation":
-            numel = x.shape[1]
+            numel = x.shape[self.site.channel_axis]
         return float(max(numel, 1) * self.grad_levels) ** -0.5
-
-    def _starts(self, rows: Tensor) -> Tensor:
-        """The steps that the `init` option proposes, (K, groups)."""
-        if self.init == "lsq":
-            return lsq_step(rows, qmax=self.grad_levels)[None]
-        search = search_candidates(rows, low=self.low, high=self.high)
-        if self.bits > 8:  # no table: cover the values, or search
-            return search if self.init == "mse" else search[-1:]
-        table = nmse_step(
-            rows, bits=self.bits, signed=self.signed, centered=self.site.target == "weight"
-        )[None]
-        return torch.cat([table, search]) if self.init == "mse" else table
-
-    def _covering(self, keep: Range, rows: Tensor) -> Tensor:
-        """The step whose range is that of another quantizer, (groups,)."""
-        low, high = (bound.to(rows.device).float().reshape(-1) for bound in keep)
-        step = high / self.high
-        if self.low < 0:
-            step = torch.maximum(step, low / self.low)
-        return step.amax().expand(len(rows)) if len(step) != len(rows) else step

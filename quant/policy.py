@@ -189,6 +189,7 @@ def _record(placed: tuple[QuantizerChoice, Site] | None) -> dict[str, Any] | Non
         "bits": site.bits,
         "signed": site.signed,
         "channels": site.channels,
+        "axis": site.axis,
     }
 
 
@@ -197,5 +198,5 @@ def _restore(
 ) -> tuple[QuantizerChoice, Site] | None:
     if record is None:
         return None
-    site = Site(target, record["bits"], record["signed"], record["channels"])
+    site = Site(target, record["bits"], record["signed"], record["channels"], record.get("axis", 1))
     return QuantizerChoice(record["quantizer"], dict(record["options"])), site

@@ -16,7 +16,7 @@ class LSQ(LearnedStepQuantizer):
     Options:
         per_channel: a step for each output channel (weights).
         restricted: drop the lowest signed level, -2^(b-1), so that the grid is symmetric.
-        init: the start of the step: Gaussian table, the paper's formula, or a search.
+        init: the start of the step; see `initializers.starting_steps`.
         grad_scale: the count N in the step's gradient factor 1 / sqrt(N * Qp). "numel" is the
             whole tensor even per channel, as in public code; "numel_per_channel" the principled
             count; "channel_count" the channels of an activation; "none" no factor.
