@@ -5,7 +5,7 @@ Every value type here is frozen. Defaults stand above the ladder; a rung says on
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
@@ -88,10 +88,13 @@ class QuantizerConfig(Section):
     activation: Component = Component(name="auto")
 
 
+OptimizerName = Literal["sgd", "adam", "adamw"]
+
+
 class OptimizerConfig(Section):
     """The optimizer; a field that the method does not have must stay at its default."""
 
-    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    name: OptimizerName = "sgd"
     lr: Positive = 0.04  # at the config's own batch size; not rescaled
     momentum: Fraction = 0.9  # SGD only
     nesterov: bool = True  # SGD only
@@ -106,20 +109,43 @@ class OptimizerConfig(Section):
         return self
 
 
+class ParameterRuleConfig(Section):
+    """Rates of the quantizer parameters whose name fits a glob: `*.input_quantizer.*`, `*.clip`."""
+
+    match: str
+    lr: Positive | None = None
+    lr_factor: Positive | None = None
+    weight_decay: NonNegative | None = None
+    weight_decay_factor: NonNegative | None = None
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> ParameterRuleConfig:
+        return _absolute_or_factor(self)
+
+
 class QuantizerParametersConfig(Section):
     """Learning rate and weight decay of steps and clips: absolute, or times the weights' own."""
 
+    optimizer: OptimizerName | None = None  # null: that of the weights; another has its defaults
     lr: Positive | None = None
     lr_factor: Positive = 1.0
     weight_decay: NonNegative | None = None
     weight_decay_factor: NonNegative = 0.0
+    rules: tuple[ParameterRuleConfig, ...] = Field(default=(), strict=False)  # the last one wins
 
     @model_validator(mode="after")
     def _one_of_each(self) -> QuantizerParametersConfig:
-        for absolute, factor in (("lr", "lr_factor"), ("weight_decay", "weight_decay_factor")):
-            if getattr(self, absolute) is not None and _is_set(self, factor):
-                raise ValueError(f"give {absolute} or {factor}, not both")
-        return self
+        return _absolute_or_factor(self)
+
+
+RatesT = TypeVar("RatesT", ParameterRuleConfig, QuantizerParametersConfig)
+
+
+def _absolute_or_factor(rates: RatesT) -> RatesT:
+    for absolute, factor in (("lr", "lr_factor"), ("weight_decay", "weight_decay_factor")):
+        if getattr(rates, absolute) is not None and _is_set(rates, factor):
+            raise ValueError(f"give {absolute} or {factor}, not both")
+    return rates
 
 
 class ScheduleConfig(Section):
