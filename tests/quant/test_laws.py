@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,12 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 CHANNELS = 4
-# beside the defaults, the options that change the grid
-VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "lsq": [{"restricted": True}, {"init": "lsq"}, {"init": "mse"}],
-    "dorefa": [{"unit_range": True}],
-    "range_linear": [{"mode": "symmetric"}, {"mode": "asymmetric"}],
-}
+SIDES = (("weight", True), ("activation", True), ("activation", False))
+VARIANT_WIDTHS = (1, 2, 4)  # of options; the defaults are tested at every width
 
 
 @dataclass(frozen=True)
@@ -30,6 +27,9 @@ class Setup:
     def build(self) -> Quantizer:
         return QUANTIZERS[self.name].factory(self.site, **self.options)
 
+    def declares(self, law: str) -> bool:
+        return law in self.build().declares
+
     def __str__(self) -> str:
         sign = "signed" if self.site.signed else "unsigned"
         options = "-".join(f"{k}={v}" for k, v in self.options.items())
@@ -37,28 +37,42 @@ class Setup:
 
 
 def every_setup() -> list[Setup]:
+    """Each method at each width and side that it admits; each value of its options at a few."""
     setups = []
     for name in QUANTIZERS:
-        factory, known = QUANTIZERS[name].factory, QUANTIZERS[name].options()
-        options = [{}, *VARIANTS.get(name, [])]
-        for target, signed in (("weight", True), ("activation", True), ("activation", False)):
+        for target, signed in SIDES:
             for bits in sorted(WIDTHS):
                 site = Site(target, bits, signed, CHANNELS)
-                if target not in factory.targets or refused(factory, site):
-                    continue
-                chosen = list(options)
-                if target == "weight" and "per_channel" in known:
-                    chosen += [{**o, "per_channel": True} for o in options]
-                setups += [Setup(name, site, o) for o in chosen]
+                variants = variants_of(name) if bits in VARIANT_WIDTHS else []
+                setups += [Setup(name, site, o) for o in ({}, *variants) if admits(name, site, o)]
     return setups
 
 
-def refused(factory: type[Quantizer], site: Site) -> bool:
+def variants_of(name: str) -> list[dict[str, Any]]:
+    """Every value but the default of every option that has a few, one option at a time.
+
+    `per_channel` is tried with each of them as well.
+    """
+    variants: list[dict[str, Any]] = []
+    for option, parameter in QUANTIZERS[name].options().items():
+        choices = [True, False] if parameter.annotation is bool else get_args(parameter.annotation)
+        variants += [{option: value} for value in choices if value != parameter.default]
+    variants = [v for v in variants if all(isinstance(x, str | bool) for x in v.values())]
+    if {"per_channel": True} in variants:
+        both = [{**v, "per_channel": True} for v in variants if "per_channel" not in v]
+        variants += [v for v in both if "grad_scale" not in v]
+    return variants
+
+
+def admits(name: str, site: Site, options: dict[str, Any]) -> bool:
+    factory = QUANTIZERS[name].factory
+    if site.target not in factory.targets:
+        return False
     try:
-        factory.check(site)
+        factory(site, **options)
     except ValueError:
-        return True
-    return False
+        return False
+    return True
 
 
 SETUPS = every_setup()
@@ -66,8 +80,7 @@ every_quantizer = pytest.mark.parametrize("setup", SETUPS, ids=str)
 
 
 def those_that_declare(law: str, setups: list[Setup] = SETUPS) -> pytest.MarkDecorator:
-    declared = [s for s in setups if law in QUANTIZERS[s.name].factory.declares]
-    return pytest.mark.parametrize("setup", declared, ids=str)
+    return pytest.mark.parametrize("setup", [s for s in setups if s.declares(law)], ids=str)
 
 
 def sample(setup: Setup, seed: int = 0) -> Tensor:
@@ -85,9 +98,43 @@ def rows(x: Tensor, q: QTensor) -> Tensor:
     return x.reshape(1, -1) if q.channel_axis is None else x.movedim(q.channel_axis, 0).flatten(1)
 
 
+@dataclass(frozen=True)
+class Values:
+    """A drawn tensor (CHANNELS, CHANNELS, 2), with channels of quite different kinds."""
+
+    tensor: Tensor
+
+    def at_site(self, setup: Setup) -> Tensor:
+        return self.tensor.clone() if setup.site.signed else self.tensor.relu()
+
+
+@st.composite
+def channels(draw: st.DrawFn) -> Values:
+    kinds = st.sampled_from(["normal", "empty", "constant", "outlier", "denormal", "any"])
+    return Values(torch.stack([channel(draw, draw(kinds)) for _ in range(CHANNELS)]))
+
+
+def channel(draw: st.DrawFn, kind: str) -> Tensor:
+    shape = (CHANNELS, 2)
+    if kind == "empty":
+        return torch.zeros(shape)
+    if kind == "constant":
+        return torch.full(shape, draw(st.floats(-100, 100, width=32)))
+    if kind == "any":
+        values = st.floats(-1e4, 1e4, width=32)
+        return torch.tensor(draw(st.lists(values, min_size=8, max_size=8))).view(shape)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    values = torch.randn(shape, generator=generator)
+    if kind == "outlier":
+        values[0, 0] *= 1e6
+    return values * 1e-40 if kind == "denormal" else values
+
+
 def test_all_methods_and_widths_are_here():
     assert {s.name for s in SETUPS} == set(QUANTIZERS) >= {"lsq", "uniq", "dorefa", "range_linear"}
     assert {s.site.bits for s in SETUPS} == set(WIDTHS)
+    assert {"per_channel": True} in variants_of("lsq")
+    assert {"init": "mse", "per_channel": True} in variants_of("lsq")
 
 
 @every_quantizer
@@ -140,7 +187,7 @@ def test_odd_tensors_stay_finite(setup, kind):
     for tensor in (y, x.grad, q.scale, *quantizer.range(), *steps):
         assert tensor.isfinite().all()
     assert (q.scale > 0).all()
-    fitted = setup.options.get("init") != "lsq" and "unit_range" not in setup.options
+    fitted = setup.declares("nearest") and setup.options.get("init", "nmse") in ("nmse", "mse")
     if kind == "constant" and setup.site.bits > 1 and fitted:
         assert (y - x).abs().max() < 0.2  # a level lies near, though the deviation is 0
 
@@ -154,7 +201,8 @@ def test_every_parameter_and_the_input_get_a_gradient(setup):
     assert x.grad.abs().sum() > 0
     for parameter in quantizer.parameters():
         assert parameter.grad.shape == parameter.shape
-        assert (parameter.grad != 0).all()
+        assert parameter.grad.isfinite().all()
+        assert (parameter.grad != 0).any()
 
 
 @every_quantizer
@@ -165,6 +213,59 @@ def test_a_state_dict_loads_strictly_and_gives_the_same_values(setup):
     assert torch.equal(fresh(x), quantizer(x))
     for mine, other in zip(fresh.range(), quantizer.range(), strict=True):
         assert torch.equal(mine, other)
+
+
+@every_quantizer
+def test_a_copy_is_the_same_and_its_own(setup):
+    quantizer = calibrated(setup)
+    x = sample(setup, seed=4).requires_grad_()
+    quantizer(x).sum().backward()  # a copy is taken of networks in training too
+    copied = deepcopy(quantizer)
+    assert torch.equal(copied(x), quantizer(x))
+    before = {k: v.clone() for k, v in quantizer.state_dict().items()}
+    copied.calibrate(7 * sample(setup, seed=5))
+    assert all(torch.equal(v, before[k]) for k, v in quantizer.state_dict().items())
+
+
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+@every_quantizer
+def test_any_values_are_encoded_exactly_and_finitely(setup, data):
+    quantizer = setup.build()
+    quantizer.calibrate(data.draw(channels(), label="calibration").at_site(setup))
+    x = data.draw(channels(), label="input").at_site(setup).requires_grad_()
+    y = quantizer(x)
+    q = quantizer.encode(x)
+    assert y.isfinite().all()
+    assert torch.equal(y, q.dequantize())
+    assert int(q.codes.max()) < q.num_levels <= 2**setup.site.bits
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in quantizer.parameters())
+
+
+# one width a method, side and grouping: a second each
+EXPORTED = list(
+    {
+        (s.name, s.site.target, str(s.options.get("per_channel"))): s
+        for s in SETUPS
+        if set(s.options) <= {"per_channel"} and s.site.bits <= 4
+    }.values()
+)
+
+
+@pytest.mark.parametrize("setup", EXPORTED, ids=str)
+def test_torch_export_takes_it(setup):
+    quantizer = calibrated(setup).eval()
+    x = sample(setup)
+    program = torch.export.export(quantizer, (x,))
+    assert torch.equal(program.module()(x), quantizer(x))
+
+
+@pytest.mark.parametrize("setup", [s for s in SETUPS if s.site.target == "activation"], ids=str)
+def test_an_empty_batch_stays_empty(setup):
+    quantizer = calibrated(setup).eval()
+    assert quantizer(sample(setup)[:0]).shape == (0, CHANNELS, 3, 5)
 
 
 @every_quantizer
