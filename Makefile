@@ -11,7 +11,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export DO_NOT_TRACK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ladder test lint style typecheck clean
+.PHONY: help setup ladder test lint style typecheck docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -35,6 +35,11 @@ typecheck: $(STAMP)  ## check types
 	@mkdir -p $(TYPES)/bitladder
 	@for part in $(PARTS); do ln -sfn ../../../$$part $(TYPES)/bitladder/$$part; done
 	@MYPYPATH=$(TYPES) $(BIN)/mypy $(PARTS:%=-p bitladder.%)
+
+docs: $(STAMP)  ## write docs/quantizers.md anew from the code
+	@mkdir -p docs build
+	@$(BIN)/bitladder components quantizers --format markdown > build/quantizers.md
+	@mv build/quantizers.md docs/quantizers.md
 
 clean:  ## remove caches and build files; .venv and artifacts stay
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

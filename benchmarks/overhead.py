@@ -200,7 +200,8 @@ def bare_loop(
     from bitladder.pipeline.schedule import lr_factor
 
     distill = stage.distill if teacher is not None else None
-    learner = Learner(student, Objective(stage.train, distill, stage.bin_regularization)).to(device)
+    objective = Objective(stage.train, distill, stage.bin_regularization, stage.oscillation)
+    learner = Learner(student, objective).to(device)
     optimizer = build_optimizer(learner, student, stage.train)
     per_epoch, bins = data.train.num_batches(batch_size), stage.bin_regularization
     steps, step, frozen = stage.train.epochs * per_epoch, 0, False
@@ -218,11 +219,13 @@ def bare_loop(
             set_lr(optimizer, lr_factor(stage.train.schedule, step, steps, per_epoch))
             with torch.no_grad():
                 teacher_logits = teacher(x) if teacher is not None else None
+            learner.before_step(progress)
             learner(x, targets, teacher_logits, progress)["total"].backward()
             if stage.train.clip_grad_norm is not None:
                 global_norm_clip(learner, stage.train.clip_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            learner.after_step(progress)
             step += 1
 
 

@@ -170,12 +170,16 @@ def components(
         str | None, typer.Argument(help="quantizers, models, data, losses, stages or configs.")
     ] = None,
     name: Annotated[str | None, typer.Argument(help="One part, with all its options.")] = None,
+    format_: Annotated[
+        Literal["table", "markdown"],
+        typer.Option("--format", "-f", help="table is for the terminal."),
+    ] = "table",
 ) -> None:
     """List every quantizer, model, data set, loss and config with its options and source."""
     from .components import show_components
 
     _quiet(False)
-    show_components(kind, name)
+    show_components(kind, name, format_)
 
 
 @app.command()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -13,9 +14,19 @@ from ..pipeline.data import DATASETS
 from ..pipeline.errors import ConfigError
 from ..pipeline.losses import LOSSES
 from ..pipeline.stages import STAGES
+from ..quant.catalogue import USUAL_BITS, catalogue, default_text, quantizer_facts, type_text
 from ..quant.quantizers import QUANTIZERS
 from ..quant.registry import Entry, Registry, unknown
-from .tables import print_table, table_of
+from .quantizer_pages import (
+    OVERVIEW,
+    PLACE_COLUMNS,
+    overview_row,
+    place_row,
+    quantizer_page,
+    quantizer_pages,
+    refusals,
+)
+from .tables import markdown_table, print_table, table_of
 
 KINDS: dict[str, Registry[Any]] = {
     "quantizers": QUANTIZERS,
@@ -24,9 +35,10 @@ KINDS: dict[str, Registry[Any]] = {
     "losses": LOSSES,
     "stages": STAGES,
 }
+Form = Literal["table", "markdown"]
 
 
-def show_components(kind: str | None, name: str | None) -> None:
+def show_components(kind: str | None, name: str | None, form: Form = "table") -> None:
     """Prints all parts, those of a kind, or one with its options.
 
     Raises:
@@ -35,43 +47,90 @@ def show_components(kind: str | None, name: str | None) -> None:
     known = (*KINDS, "configs")
     if kind is not None and kind not in known:
         raise ConfigError([unknown("kind of part", kind, known)])
-    if kind == "configs" and name is None:
-        _configs()
-    elif kind is not None and name is not None:
-        if kind == "configs" or name not in KINDS[kind]:
-            raise ConfigError(
-                [unknown(kind, name, shipped_configs() if kind == "configs" else KINDS[kind])]
-            )
-        _one(KINDS[kind][name])
-    else:
-        for each, registry in KINDS.items():
-            if kind in (None, each):
-                _table(each, registry)
-        if kind is None:
-            _configs()
+    if kind is not None and name is not None:
+        names = shipped_configs() if kind == "configs" else KINDS[kind]
+        if name not in names:
+            raise ConfigError([unknown(kind, name, names)])
+        _one(kind, name, form)
+        return
+    if kind == "quantizers" and form == "markdown":
+        print(quantizer_pages(), end="")
+        return
+    for each in known if kind is None else (kind,):
+        if each == "quantizers" and form == "table":
+            _quantizers()
+        else:
+            _print(each, *_parts(each), form=form)
 
 
-def _table(title: str, registry: Registry[Any]) -> None:
-    table = table_of(("name", "what it is", "options", "source"), title=title)
-    for name in registry:
-        entry = registry[name]
-        table.add_row(name, entry.summary, ", ".join(entry.options()), entry.source)
+def _parts(kind: str) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Columns and rows of one kind."""
+    if kind == "configs":
+        opening = {
+            name: path.read_text(encoding="utf-8").partition("\n")[0]
+            for name, path in shipped_configs().items()
+        }
+        return ("name", "what it is"), [(n, line.lstrip("# ")) for n, line in opening.items()]
+    entries = [KINDS[kind][name] for name in KINDS[kind]]
+    return ("name", "what it is", "options", "source"), [
+        (entry.name, entry.summary, ", ".join(entry.options()), entry.source) for entry in entries
+    ]
+
+
+def _print(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, form: Form
+) -> None:
+    if form == "markdown":
+        print(f"## {title}\n\n{markdown_table(columns, rows)}\n")
+        return
+    table = table_of(columns, title=title)
+    for row in rows:
+        table.add_row(*row)
     print_table(table)
 
 
-def _one(entry: Entry[Any]) -> None:
+def _quantizers() -> None:
+    """Two tables, so that both can be read on a terminal of 80 columns."""
+    facts = catalogue()
+    _print("quantizers: bits they take", OVERVIEW, map(overview_row, facts), form="table")
+    print("laws: n nearest, i idempotent, m monotone; (in parentheses: not everywhere)\n")
+    columns = ("name", "what it is", "paper")
+    rows = ((each.name, each.summary, each.paper) for each in facts)
+    _print("quantizers: where they come from", columns, rows, form="table")
+
+
+def _one(kind: str, name: str, form: Form) -> None:
+    if kind == "configs":
+        print(shipped_configs()[name].read_text(encoding="utf-8"), end="")
+        return
+    if kind == "quantizers" and form == "markdown":
+        print(quantizer_page(quantizer_facts(name)), end="")
+        return
+    entry = KINDS[kind][name]
     Console().print(f"[bold]{entry.name}[/bold]", highlight=False)
     print(inspect.getdoc(entry.factory))
-    for name, parameter in entry.options().items():
-        default = parameter.default
-        shown = "required" if default is inspect.Parameter.empty else f"default {default!r}"
-        annotation = inspect.formatannotation(parameter.annotation)
-        print(f"  {name}: {annotation}  ({shown})")
+    if kind == "quantizers":
+        print()
+        _places(name)
+    _options(entry)
 
 
-def _configs() -> None:
-    table = table_of(("name", "what it is"), title="configs")
-    for name, path in shipped_configs().items():
-        first = path.read_text(encoding="utf-8").partition("\n")[0]
-        table.add_row(name, first.lstrip("# "))
+def _places(name: str) -> None:
+    """Where the method works: widths, what is learned there, and what is refused."""
+    facts = quantizer_facts(name)
+    table = table_of(PLACE_COLUMNS)
+    for place in facts.places:
+        table.add_row(*place_row(place))
     print_table(table)
+    if facts.learns:
+        print(f"shapes at {USUAL_BITS} bits, where it takes them; C: the number of channels")
+    for line in refusals(facts):
+        print(line)
+
+
+def _options(entry: Entry[Any]) -> None:
+    print()
+    for name, parameter in entry.options().items():
+        default = default_text(parameter.default)
+        shown = f"default {default}" if default else "required"
+        print(f"  {name}: {type_text(parameter.annotation)}  ({shown})")

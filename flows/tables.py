@@ -10,7 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 _COLOURS = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow"}
-_PROSE = ("what it is", "options", "source")  # may fold; what people copy never does
+_PROSE = (
+    "what it is",
+    "options",
+    "source",
+    "paper",
+    "learns",
+    "start",
+)  # may fold; what people copy never does
 
 
 def table_of(
@@ -35,6 +42,14 @@ def print_table(table: Table) -> None:
     # where even the least is too wide, the terminal breaks the lines, which loses nothing
     width = max(console.width, needed.minimum) if console.is_terminal else needed.maximum
     Console(width=width).print(table, crop=False)
+
+
+def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """The same as Markdown; a bar inside a cell is escaped."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    header = list(columns)
+    lines = [header, ["---"] * len(header), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def fits(table: Table) -> bool:

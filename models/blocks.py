@@ -10,8 +10,12 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .rprelu import RPReLU
+
 BlockKind = Literal["basic", "bottleneck"]
 ShortcutKind = Literal["conv", "pad"]
+ActivationKind = Literal["relu", "rprelu"]
+MakeActivation = Callable[[int], nn.Module]  # from its number of channels
 
 DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)
 CONVOLUTIONS = {"basic": 2, "bottleneck": 3}  # per block
@@ -34,15 +38,35 @@ def check_structure(num_classes: int, in_channels: int, image_size: int, width: 
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
-def activation(clip: float | None) -> nn.Module:
-    """ReLU, or with a clip min(max(x, 0), clip): 6 is ReLU6, 1 is ReLU1."""
+def widened(width: int, widen: float) -> int:
+    """`width` times the widening factor, to the nearest whole number and at least 1.
+
+    Source: Mishra et al., WRPN, ICLR 2018, arXiv:1709.01134: more filters in every layer make up
+        for fewer bits.
+    """
+    if isinstance(widen, bool) or not isinstance(widen, int | float) or not 0 < widen < math.inf:
+        raise ValueError(f"widen must be a positive number, got {widen!r}")
+    return max(round(width * widen), 1)
+
+
+def activation_maker(kind: ActivationKind, clip: float | None) -> MakeActivation:
+    """What makes the activation behind a number of channels.
+
+    Args:
+        kind: "relu", or "rprelu", whose output has both signs.
+        clip: largest value that a ReLU lets pass: 6 is ReLU6, 1 is ReLU1; None for no limit.
+    """
+    if kind not in ("relu", "rprelu"):
+        raise ValueError(f"unknown activation {kind!r}; known: relu, rprelu")
     if clip is None:
-        return nn.ReLU()
+        return RPReLU if kind == "rprelu" else lambda channels: nn.ReLU()
+    if kind == "rprelu":
+        raise ValueError("activation_clip is for relu; rprelu has none, so leave it out")
     if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 < clip < math.inf:
         raise ValueError(
             f"activation_clip must be a positive number, or null for none; got {clip!r}"
         )
-    return nn.Hardtanh(0.0, float(clip))
+    return lambda channels: nn.Hardtanh(0.0, float(clip))
 
 
 def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:

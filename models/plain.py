@@ -6,7 +6,15 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from .blocks import activation, at_depth, check_structure, conv, initialise
+from .blocks import (
+    ActivationKind,
+    activation_maker,
+    at_depth,
+    check_structure,
+    conv,
+    initialise,
+    widened,
+)
 from .registry import MODELS
 
 # Convolutions between two poolings; each group has twice the channels of the one before.
@@ -22,7 +30,9 @@ class PlainConvNet(nn.Module):
         in_channels: channels of the images, C.
         image_size: their height and width, at least 4; a map of one pixel is not pooled further.
         width: channels of the first group; each later group doubles them.
-        activation_clip: largest value that an activation lets pass; None for ReLU.
+        widen: factor on the channels of every layer (WRPN), to the nearest whole `width`.
+        activation: ReLU, or RPReLU, after which quantizers of inputs are signed.
+        activation_clip: largest value that a ReLU lets pass; None for no limit.
 
     Source: Mirzadeh et al., Improved Knowledge Distillation via Teacher Assistant, AAAI 2020,
         arXiv:1902.03393. Differs from it in: batch norm, channels that always double, and global
@@ -37,10 +47,14 @@ class PlainConvNet(nn.Module):
         image_size: int,
         *,
         width: int = 16,
+        widen: float = 1.0,
+        activation: ActivationKind = "relu",
         activation_clip: float | None = None,
     ) -> None:
         super().__init__()
         check_structure(num_classes, in_channels, image_size, width)
+        width = widened(width, widen)
+        make_activation = activation_maker(activation, activation_clip)
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         channels, index = in_channels, 0
         for group, convolutions in enumerate(GROUPS[depth]):
@@ -51,7 +65,7 @@ class PlainConvNet(nn.Module):
                 index += 1
                 layers[f"conv{index}"] = conv(channels, width << group, 3)
                 layers[f"bn{index}"] = nn.BatchNorm2d(width << group)
-                layers[f"act{index}"] = activation(activation_clip)
+                layers[f"act{index}"] = make_activation(width << group)
                 channels = width << group
         self.features = nn.Sequential(layers)
         self.fc = nn.Linear(channels, num_classes)

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from .blocks import (
     DEPTHS,
     EXPANSION,
+    ActivationKind,
     BlockKind,
+    MakeActivation,
     ShortcutKind,
-    activation,
+    activation_maker,
     at_depth,
     blocks_per_stage,
     check_structure,
@@ -19,6 +21,7 @@ from .blocks import (
     initialise,
     residual_stages,
     shortcut_path,
+    widened,
 )
 from .registry import MODELS
 
@@ -36,7 +39,9 @@ class PreActResNet(nn.Module):
         image_size: their height and width, at least 4; the weights do not depend on it.
         block: two 3x3 convolutions, or 1x1, 3x3, 1x1 with four times the channels outside.
         width: channels of the first stage's 3x3 convolutions; the next stages double them.
-        activation_clip: largest value that an activation lets pass; None for ReLU.
+        widen: factor on the channels of every layer (WRPN), to the nearest whole `width`.
+        activation: ReLU, or RPReLU, after which quantizers of inputs are signed.
+        activation_clip: largest value that a ReLU lets pass; None for no limit.
         shortcut: where the shape changes, a 1x1 convolution, or zeros for the new channels.
 
     Source: He et al., Identity Mappings in Deep Residual Networks, ECCV 2016, arXiv:1603.05027.
@@ -52,21 +57,25 @@ class PreActResNet(nn.Module):
         *,
         block: BlockKind = "basic",
         width: int = 16,
+        widen: float = 1.0,
+        activation: ActivationKind = "relu",
         activation_clip: float | None = None,
         shortcut: ShortcutKind = "conv",
     ) -> None:
         super().__init__()
         check_structure(num_classes, in_channels, image_size, width)
+        width = widened(width, widen)
+        make_activation = activation_maker(activation, activation_clip)
         blocks, expansion = blocks_per_stage(depth, block), EXPANSION[block]
         channels = 4 * width * expansion
-        unit = partial(BLOCKS[block], activation_clip=activation_clip, shortcut=shortcut)
+        unit = partial(BLOCKS[block], make_activation=make_activation, shortcut=shortcut)
 
         self.conv1 = conv(in_channels, width, 3)
         self.layer1, self.layer2, self.layer3 = residual_stages(
             unit, blocks=blocks, width=width, expansion=expansion
         )
         self.bn = nn.BatchNorm2d(channels)
-        self.act = activation(activation_clip)
+        self.act = make_activation(channels)
         self.fc = nn.Linear(channels, num_classes)
         initialise(self)
 
@@ -85,15 +94,15 @@ class PreActBasic(nn.Module):
         out_channels: int,
         stride: int,
         *,
-        activation_clip: float | None,
+        make_activation: MakeActivation,
         shortcut: ShortcutKind,
     ) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
-        self.act1 = activation(activation_clip)
+        self.act1 = make_activation(in_channels)
         self.conv1 = conv(in_channels, out_channels, 3, stride)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.act2 = activation(activation_clip)
+        self.act2 = make_activation(out_channels)
         self.conv2 = conv(out_channels, out_channels, 3)
         self.shortcut = shortcut_path(shortcut, in_channels, out_channels, stride)
 
@@ -114,19 +123,19 @@ class PreActBottleneck(nn.Module):
         out_channels: int,
         stride: int,
         *,
-        activation_clip: float | None,
+        make_activation: MakeActivation,
         shortcut: ShortcutKind,
     ) -> None:
         super().__init__()
         channels = out_channels // EXPANSION["bottleneck"]
         self.bn1 = nn.BatchNorm2d(in_channels)
-        self.act1 = activation(activation_clip)
+        self.act1 = make_activation(in_channels)
         self.conv1 = conv(in_channels, channels, 1)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.act2 = activation(activation_clip)
+        self.act2 = make_activation(channels)
         self.conv2 = conv(channels, channels, 3, stride)
         self.bn3 = nn.BatchNorm2d(channels)
-        self.act3 = activation(activation_clip)
+        self.act3 = make_activation(channels)
         self.conv3 = conv(channels, out_channels, 1)
         self.shortcut = shortcut_path(shortcut, in_channels, out_channels, stride)
 

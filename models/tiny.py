@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .blocks import activation, check_structure, conv, initialise
+from .blocks import (
+    ActivationKind,
+    activation_maker,
+    check_structure,
+    conv,
+    initialise,
+    widened,
+)
 from .registry import MODELS
 
 
@@ -17,7 +24,9 @@ class TinyConvNet(nn.Module):
         in_channels: channels of the images, C.
         image_size: their height and width, at least 4; the weights do not depend on it.
         width: channels of the first convolution; the second doubles them.
-        activation_clip: largest value that an activation lets pass; None for ReLU.
+        widen: factor on the channels of every layer (WRPN), to the nearest whole `width`.
+        activation: ReLU, or RPReLU, after which quantizers of inputs are signed.
+        activation_clip: largest value that a ReLU lets pass; None for no limit.
     """
 
     def __init__(
@@ -27,16 +36,20 @@ class TinyConvNet(nn.Module):
         image_size: int,
         *,
         width: int = 8,
+        widen: float = 1.0,
+        activation: ActivationKind = "relu",
         activation_clip: float | None = None,
     ) -> None:
         super().__init__()
         check_structure(num_classes, in_channels, image_size, width)
+        width = widened(width, widen)
+        make_activation = activation_maker(activation, activation_clip)
         self.conv1 = conv(in_channels, width, 3)
         self.bn1 = nn.BatchNorm2d(width)
-        self.act1 = activation(activation_clip)
+        self.act1 = make_activation(width)
         self.conv2 = conv(width, 2 * width, 3, stride=2)
         self.bn2 = nn.BatchNorm2d(2 * width)
-        self.act2 = activation(activation_clip)
+        self.act2 = make_activation(2 * width)
         self.fc = nn.Linear(2 * width, num_classes)
         initialise(self)
 

@@ -64,19 +64,30 @@ class ModelConfig(Component):
 
 
 class RuleConfig(Section):
-    """Other widths or methods for the layers whose name matches a glob; the last match wins."""
+    """Other widths or methods for the layers of a name or a kind; the last rule that fits wins."""
 
-    match: str
+    match: str | None = None  # glob over layer names; None: any
+    kind: str | None = None  # Linear, Conv2d, depthwise, pointwise, transposed, ...; None: any
     weight_bits: Width | None = None
     activation_bits: Width | None = None
     weight: Component | None = None
     activation: Component | None = None
 
+    @model_validator(mode="after")
+    def _says_for_which(self) -> RuleConfig:
+        if self.match is None and self.kind is None:
+            raise ValueError("give match, a glob of layer names ('*' for all), or kind, or both")
+        return self
+
 
 class PolicyConfig(Section):
     """Which layers are quantized, at which width."""
 
-    first_last_bits: Width = 8
+    first_last_bits: Width = 8  # of weights and inputs; 32: full precision
+    first_last_weight_bits: Width | None = None  # None: first_last_bits
+    first_last_activation_bits: Width | None = None
+    first_last_weight: Component = Component(name="range_linear")
+    first_last_activation: Component = Component(name="auto")
     shortcut: Literal["same"] | Width = "same"
     rules: tuple[RuleConfig, ...] = Field(default=(), strict=False)
 
@@ -201,6 +212,59 @@ class BinRegularizationConfig(Section):
     scale_gradient: Positive | None = None
 
 
+class DampeningConfig(Section):
+    """Oscillation dampening of weights, from `start` by cosine to `final` after a warm-up."""
+
+    start: NonNegative = 0.0  # lambda
+    final: NonNegative = 0.0  # lambda; published runs end at 0.1
+    warmup: Fraction = 0.25  # of the stage
+    aggregation: Literal["sum", "mean", "kernel_mean"] = "kernel_mean"
+
+
+class FreezingConfig(Section):
+    """Freezing of weights that oscillate too often; nothing is frozen before the warm-up ends.
+
+    The bound on a weight's frequency goes from `start` by cosine to `final`, as in published runs
+    from 0.1 to 0.01. It should end at two or three times `oscillation.momentum` or above.
+    """
+
+    start: Fraction = 0.0  # oscillations a step; 0 for both: no freezing
+    final: Fraction = 0.0
+    warmup: Fraction = 0.25  # of the stage
+    freeze_to: Literal["mean", "last"] = "mean"  # the rounded average of its integers, or the last
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> FreezingConfig:
+        if (self.start > 0) != (self.final > 0):
+            raise ValueError("give start and final, both above 0, or neither")
+        return self
+
+
+class OscillationConfig(Section):
+    """What is done about weights that jump between two levels: nothing, unless asked for."""
+
+    track: bool = False  # tell how many do so; always on with freezing
+    max_bits: Annotated[int, Field(ge=1, le=8)] = 4  # wider weights are not tracked and not frozen
+    momentum: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.001  # of the moving averages
+    dampening: DampeningConfig = DampeningConfig()
+    freezing: FreezingConfig = FreezingConfig()
+
+    @property
+    def dampens(self) -> bool:
+        """Whether there is a dampening loss."""
+        return self.dampening.start > 0 or self.dampening.final > 0
+
+    @property
+    def freezes(self) -> bool:
+        """Whether weights are frozen."""
+        return self.freezing.final > 0
+
+    @property
+    def tracks(self) -> bool:
+        """Whether the weights' codes are followed."""
+        return self.track or self.freezes
+
+
 class StageConfig(Section):
     """One rung with every setting filled in."""
 
@@ -213,6 +277,7 @@ class StageConfig(Section):
     train: TrainConfig = TrainConfig()
     distill: DistillConfig = DistillConfig()
     bin_regularization: BinRegularizationConfig = BinRegularizationConfig()
+    oscillation: OscillationConfig = OscillationConfig()
 
     @property
     def full_precision(self) -> bool:

@@ -7,11 +7,14 @@ from typing import Any
 
 from ..models import MODELS, source_hash
 from ..quant.core import Site, Target
+from ..quant.probing import KINDS
 from ..quant.quantizers import QUANTIZERS
-from .config import Component, RunConfig, StageConfig
+from ..quant.registry import unknown
+from .config import Component, RuleConfig, RunConfig, StageConfig
 from .config_options import Mistake, check_options
 from .data import DATASETS
 from .losses import LOSSES
+from .policy import first_last_bits
 from .yaml_reader import path_text
 
 
@@ -59,27 +62,70 @@ def _check_quantizers(stage: StageConfig, where: tuple[Any, ...]) -> list[str]:
         errors += _at((*where, "quantizer", target), _check_choice(target, bits, choice))
     for number, rule in enumerate(stage.policy.rules):
         at = (*where, "policy", "rules", number)
-        if rule.weight is not None:
-            found = _check_choice("weight", rule.weight_bits or stage.weight_bits, rule.weight)
-            errors += _at((*at, "weight"), found)
-        if rule.activation is not None:
-            bits = rule.activation_bits or stage.activation_bits
-            errors += _at((*at, "activation"), _check_choice("activation", bits, rule.activation))
+        errors += _check_rule(rule, halves, at)
+    return errors + _check_first_last(stage, where)
+
+
+def _check_rule(
+    rule: RuleConfig, inner: list[tuple[Target, int, Component]], at: tuple[Any, ...]
+) -> list[str]:
+    errors = []
+    if rule.kind is not None and rule.kind not in KINDS:
+        errors += _at((*at, "kind"), [("", unknown("kind of layer", rule.kind, KINDS))])
+    for target, inner_bits, inner_method in inner:
+        bits: int | None = getattr(rule, f"{target}_bits")
+        own: Component | None = getattr(rule, target)
+        if own is not None:
+            errors += _at((*at, target), _check_choice(target, bits or inner_bits, own))
+        elif bits is not None and inner_method.name in QUANTIZERS:
+            found = _check_width(target, bits, inner_method)
+            errors += _at((*at, f"{target}_bits"), found)
     return errors
 
 
-def _check_choice(target: Target, bits: int, choice: Component) -> list[Mistake]:
+def _check_first_last(stage: StageConfig, where: tuple[Any, ...]) -> list[str]:
+    if stage.full_precision:
+        return []
+    errors = []
+    methods: dict[Target, Component] = {
+        "weight": stage.policy.first_last_weight,
+        "activation": stage.policy.first_last_activation,
+    }
+    for target, bits in first_last_bits(stage.policy).items():
+        # the first layer's input is signed whatever the network
+        found = _check_choice(target, bits, methods[target], signed=True)
+        errors += _at((*where, "policy", f"first_last_{target}"), found)
+    return errors
+
+
+def _check_choice(
+    target: Target, bits: int, choice: Component, *, signed: bool | None = None
+) -> list[Mistake]:
     if choice.name == "auto":
         return [(key, "'auto' takes no options; name a quantizer") for key in choice.options]
     errors = check_options(QUANTIZERS, choice.name, choice.options)
-    if errors or bits == 32:
-        return errors
-    try:  # activations follow a ReLU in most networks; the probe pass decides for each layer
-        site = Site(target, bits=bits, signed=target == "weight", channels=1)
-        QUANTIZERS[choice.name].factory.check(site)
-    except ValueError as error:
-        return [("", str(error))]
-    return []
+    return errors or _check_width(target, bits, choice, signed=signed)
+
+
+def _check_width(
+    target: Target, bits: int, choice: Component, *, signed: bool | None = None
+) -> list[Mistake]:
+    if bits == 32:
+        return []
+    # an activation after a ReLU is unsigned, another one signed; the probe tells layer by layer
+    signs = [target == "weight", True] if signed is None else [signed]
+    method = QUANTIZERS[choice.name].factory
+    if target not in method.targets:
+        return [("", f"{choice.name} quantizes {' and '.join(sorted(method.targets))} only")]
+    errors: list[Mistake] = []
+    for sign in signs:
+        try:
+            method.check(Site(target, bits=bits, signed=sign, channels=1))
+        except ValueError as error:
+            errors.append(("", str(error)))
+        else:
+            return []
+    return errors[:1]
 
 
 def _check_loss(stage: StageConfig) -> list[Mistake]:

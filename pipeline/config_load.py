@@ -18,7 +18,7 @@ from .yaml_reader import apply_overrides, path_text, read_yaml_file
 M = TypeVar("M", bound=BaseModel)
 SHIPPED = Path(__file__).parent.parent / "flows" / "configs"
 # sections that a rung takes over from above the ladder, each merged key by key
-INHERITED = ("quantizer", "policy", "train", "distill", "bin_regularization")
+INHERITED = ("quantizer", "policy", "train", "distill", "bin_regularization", "oscillation")
 RUN_KEYS = ("name", "seed", "data", "model", "runtime", "ladder")
 RUNG_KEYS = ("name", "weight_bits", "activation_bits", "init", "epochs", "teacher")
 MAX_STAGES = 64
@@ -141,6 +141,9 @@ def _short_forms(key: str, value: Any) -> Any:
     if key == "train" and isinstance(value, dict):
         short = {"optimizer": "name", "schedule": "name"}
         return {k: _named(v) if k in short else v for k, v in value.items()}
+    if key == "policy" and isinstance(value, dict):
+        edges = ("first_last_weight", "first_last_activation")
+        value = {k: _named(v) if k in edges else v for k, v in value.items()}
     if key == "policy" and isinstance(value, dict) and isinstance(value.get("rules"), list):
         rules = [
             {k: _named(v) if k in ("weight", "activation") else v for k, v in rule.items()}

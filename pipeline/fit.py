@@ -22,7 +22,7 @@ from .errors import Interrupted, StageError
 from .evaluate import evaluate
 from .files import write_atomic
 from .learner import Learner
-from .optimizer import build_optimizer, global_norm_clip, set_lr
+from .optimizer import OptimizerPair, build_optimizer, global_norm_clip, set_lr
 from .record import CHECKPOINT, METRICS
 from .schedule import lr_factor
 from .tensors import write_checkpoint
@@ -122,6 +122,7 @@ def fit(
             set_lr(optimizer, lr_factor(stage.train.schedule, step, steps, per_epoch))
             with torch.no_grad():
                 teacher_logits = teacher(x) if teacher is not None else None
+            learner.before_step(progress)
             terms = learner(x, targets, teacher_logits, progress)
             if device.type == "cpu" or step % CHECK_EVERY == 0:
                 _require_finite(terms["total"], learner, x, around, at, per_epoch)
@@ -130,6 +131,7 @@ def fit(
                 global_norm_clip(learner, stage.train.clip_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            learner.after_step(progress)
             _add(at, terms, len(targets))
             at.batch += 1
             if clock.tick():
@@ -170,7 +172,11 @@ def fit(
 
 
 def _end_epoch(
-    learner: Learner, data: DataBundle, at: Position, optimizer: Optimizer, device: torch.device
+    learner: Learner,
+    data: DataBundle,
+    at: Position,
+    optimizer: Optimizer | OptimizerPair,
+    device: torch.device,
 ) -> None:
     assert at.sums is not None
     images, *sums = at.sums.tolist()
@@ -184,6 +190,7 @@ def _end_epoch(
             "epoch": at.epoch + 1,
             "train_loss": means.pop("total"),
             **{f"train_{name}": value for name, value in means.items()},
+            **oscillation_shares(learner),
             "val_loss": accuracy.loss,
             "val_top1": accuracy.top1,
             "lr": optimizer.param_groups[0]["lr"],
@@ -192,6 +199,14 @@ def _end_epoch(
         }
     )
     at.epoch, at.batch, at.sums, at.terms, at.seconds = at.epoch + 1, 0, None, [], 0.0
+
+
+def oscillation_shares(learner: Learner) -> dict[str, float]:
+    """Which shares of the weights oscillate and are frozen, where that is followed."""
+    if learner.tracker is None:
+        return {}
+    shares = learner.tracker.shares()
+    return {"weights_oscillating": shares.oscillating, "weights_frozen": shares.frozen}
 
 
 def _add(at: Position, terms: dict[str, Tensor], images: int) -> None:
@@ -243,7 +258,9 @@ def freeze_scales(student: nn.Module, freeze: bool, half: str) -> None:
                 parameter.grad = None
 
 
-def _save(learner: Learner, optimizer: Optimizer, at: Position, around: Surroundings) -> None:
+def _save(
+    learner: Learner, optimizer: Optimizer | OptimizerPair, at: Position, around: Surroundings
+) -> None:
     log.debug("phase checkpoint")
     state = {
         "learner": learner.state_dict(),
@@ -260,7 +277,9 @@ def _save(learner: Learner, optimizer: Optimizer, at: Position, around: Surround
     log.debug("phase training")
 
 
-def _restore(optimizer: Optimizer, state: dict[str, Any], device: torch.device) -> Position:
+def _restore(
+    optimizer: Optimizer | OptimizerPair, state: dict[str, Any], device: torch.device
+) -> Position:
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"].cpu())
     if state["cuda_rng"] and torch.cuda.is_available():

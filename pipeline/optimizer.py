@@ -92,21 +92,21 @@ def _quantizer_groups(steps: list[tuple[str, nn.Parameter]], train: TrainConfig)
 
 
 def _rates(name: str, train: TrainConfig) -> tuple[float, float]:
-    """Learning rate and weight decay of one quantizer parameter; the last rule that sets one wins.
-
-    An absolute value beats a factor of the same rule.
-    """
+    """Rate and decay of one quantizer parameter; the last rule that sets one wins."""
     settings, own = train.optimizer, train.quantizer_parameters
-    lr, decay = settings.lr * own.lr_factor, settings.weight_decay * own.weight_decay_factor
-    for source in (own, *(rule for rule in own.rules if fnmatchcase(name, rule.match))):
-        if source.lr is not None:
-            lr = source.lr
-        elif source is not own and source.lr_factor is not None:
-            lr = settings.lr * source.lr_factor
-        if source.weight_decay is not None:
-            decay = source.weight_decay
-        elif source is not own and source.weight_decay_factor is not None:
-            decay = settings.weight_decay * source.weight_decay_factor
+    lr = own.lr or settings.lr * own.lr_factor
+    decay = own.weight_decay
+    if decay is None:
+        decay = settings.weight_decay * own.weight_decay_factor
+    for rule in own.rules:
+        if not fnmatchcase(name, rule.match):
+            continue
+        if rule.lr_factor is not None:
+            lr = settings.lr * rule.lr_factor
+        if rule.weight_decay_factor is not None:
+            decay = settings.weight_decay * rule.weight_decay_factor
+        lr = rule.lr if rule.lr is not None else lr
+        decay = rule.weight_decay if rule.weight_decay is not None else decay
     return lr, decay
 
 

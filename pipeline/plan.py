@@ -83,6 +83,8 @@ def _determining(stage: StageConfig, *, distilled: bool) -> dict[str, Any]:
     )
     if stage.full_precision or not used:
         values.pop("bin_regularization")
+    if stage.full_precision or not (stage.oscillation.dampens or stage.oscillation.tracks):
+        values.pop("oscillation")
     if stage.full_precision:
         values.pop("quantizer")
         values.pop("policy")
@@ -109,8 +111,8 @@ def _versions(stage: StageConfig, *, distilled: bool) -> dict[str, int]:
         first_last = (policy.first_last_weight, policy.first_last_activation)
         by_rule = (choice for rule in policy.rules for choice in (rule.weight, rule.activation))
         for choice in (policy.weight, policy.activation, *first_last, *by_rule):
-            if choice is not None:
-                versions[f"quantizer {choice.name}"] = QUANTIZERS[choice.name].version
+            for name in choice.methods if choice is not None else ():
+                versions[f"quantizer {name}"] = QUANTIZERS[name].version
     return versions
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ..quant.core import Target
 from ..quant.policy import QuantizerChoice, QuantPolicy, Rule
-from .config import Component, StageConfig
+from .config import Component, PolicyConfig, StageConfig
 
 
 def choose_quantizer(choice: Component, bits: int) -> Component:
@@ -17,7 +18,8 @@ def policy_of(stage: StageConfig) -> QuantPolicy:
     """A stage's settings as the quantization policy that they mean."""
     rules = tuple(
         Rule(
-            match=rule.match,
+            match=rule.match or "*",
+            kind=rule.kind,
             weight_bits=rule.weight_bits,
             activation_bits=rule.activation_bits,
             weight=_of_rule(
@@ -34,17 +36,28 @@ def policy_of(stage: StageConfig) -> QuantPolicy:
     )
     weight = _choice(stage.quantizer.weight, stage.weight_bits)
     activation = _choice(stage.quantizer.activation, stage.activation_bits)
-    assert weight is not None
-    assert activation is not None
+    edges = first_last_bits(stage.policy)
     return QuantPolicy(
         weight_bits=stage.weight_bits,
         activation_bits=stage.activation_bits,
         weight=weight,
         activation=activation,
-        first_last_bits=stage.policy.first_last_bits,
+        first_last_weight_bits=edges["weight"],
+        first_last_activation_bits=edges["activation"],
+        first_last_weight=_choice(stage.policy.first_last_weight, edges["weight"]),
+        first_last_activation=_choice(stage.policy.first_last_activation, edges["activation"]),
         shortcut=stage.policy.shortcut,
         rules=rules,
     )
+
+
+def first_last_bits(policy: PolicyConfig) -> dict[Target, int]:
+    """Widths of the first and last layer's weights and inputs."""
+    own: dict[Target, int | None] = {
+        "weight": policy.first_last_weight_bits,
+        "activation": policy.first_last_activation_bits,
+    }
+    return {half: policy.first_last_bits if b is None else b for half, b in own.items()}
 
 
 def _of_rule(
@@ -56,8 +69,6 @@ def _of_rule(
     return _choice(own or inner, bits or inner_bits)
 
 
-def _choice(component: Component | None, bits: int) -> QuantizerChoice | None:
-    if component is None:
-        return None
+def _choice(component: Component, bits: int) -> QuantizerChoice:
     chosen = choose_quantizer(component, bits)
     return QuantizerChoice(chosen.name, chosen.options)

@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from ..models import load_weights
+from ..quant.policy import Rule
 from ..quant.probing import Probe, probe
 from .config import RunConfig, RuntimeConfig, StageConfig
 from .data import DATASETS, DataBundle
@@ -147,18 +147,25 @@ def _check_policies(config: RunConfig, facts: Probe) -> None:
     """Refuses what no layer of the network can have, before the first rung is trained."""
     errors = []
     for index, stage in enumerate(config.ladder):
-        for number, rule in enumerate(stage.policy.rules):
-            if not any(fnmatchcase(name, rule.match) for name in facts.layers):
-                errors.append(
-                    f"ladder.{index}.policy.rules.{number}.match: no layer is named "
-                    f"{rule.match!r}; layers: {', '.join(facts.layers)}"
-                )
+        policy = policy_of(stage)
+        errors += [
+            f"ladder.{index}.policy.rules.{number}{_no_layer(policy.rules[number], facts)}"
+            for number in policy.unused_rules(facts)
+        ]
         try:
-            policy_of(stage).resolve(facts)
+            policy.resolve(facts)
         except ValueError as error:
             errors.append(f"ladder.{index}: {error}")
     if errors:
         raise ConfigError(errors)
+
+
+def _no_layer(rule: Rule, facts: Probe) -> str:
+    if rule.kind is None:
+        return f".match: no layer is named {rule.match!r}; layers: {', '.join(facts.layers)}"
+    kinds = sorted(set().union(*(layer.kinds for layer in facts.layers.values())))
+    named = "" if rule.match == "*" else f" is named {rule.match!r} and"
+    return f".kind: no layer{named} is {rule.kind}; there are: {', '.join(kinds)}"
 
 
 def run_stage(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None]) -> StageRecord:

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, so that a resumed run needs no state for it."""
+"""What changes over a stage, as pure functions of the step: a resumed run needs no state for it."""
 
 from __future__ import annotations
 
@@ -25,3 +25,16 @@ def lr_factor(schedule: ScheduleConfig, step: int, steps: int, steps_per_epoch: 
     if schedule.name == "step":
         return schedule.gamma ** sum(step / max(steps, 1) >= m for m in schedule.milestones)
     return 1.0
+
+
+def annealed(start: float, final: float, progress: float, *, warmup: float) -> float:
+    """`start` until `warmup`, then along half a cosine to `final` at the end of the stage.
+
+    Args:
+        progress: fraction of the stage done, 0 .. 1.
+        warmup: fraction of the stage at which it begins to move.
+    """
+    if progress < warmup or warmup >= 1:
+        return start
+    done = (progress - warmup) / (1 - warmup)
+    return final + (start - final) * (1 + math.cos(math.pi * done)) / 2

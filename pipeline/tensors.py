@@ -18,8 +18,17 @@ _SHA256_BYTES = 32
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a state dict as safetensors; the same tensors give the same bytes."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Writes a state dict as safetensors; the same tensors give the same bytes.
+
+    What two names share is written under both: the format has no word for it.
+    """
+    plain: dict[str, Tensor] = {}
+    stored = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        place = own.untyped_storage().data_ptr()
+        plain[name] = own.clone() if place in stored else own
+        stored.add(place)
     write_atomic(path, save(plain))
 
 

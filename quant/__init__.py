@@ -2,6 +2,7 @@
 
 from .calibrate import bake, calibrate, ranges, reestimate_batch_norm
 from .core import WIDTHS, QTensor, Quantizer, Range, Site
+from .describe import describe, describe_text
 from .layers import QuantLayer
 from .metrics import (
     bit_operations,
@@ -10,6 +11,12 @@ from .metrics import (
     layer_report,
     max_levels,
     sqnr,
+)
+from .oscillation import (
+    OscillationShares,
+    OscillationTracker,
+    dampening,
+    weight_dampening,
 )
 from .policy import (
     LayerPlan,
@@ -28,6 +35,7 @@ from .regularizers import (
     collect_inputs,
     weight_bin_regularization,
 )
+from .stepping import Stepping
 from .swap import (
     apply_plan,
     float_state_dict,
@@ -43,6 +51,8 @@ __all__ = [
     "WIDTHS",
     "LayerFacts",
     "LayerPlan",
+    "OscillationShares",
+    "OscillationTracker",
     "Probe",
     "QTensor",
     "QuantLayer",
@@ -53,6 +63,7 @@ __all__ = [
     "Registry",
     "Rule",
     "Site",
+    "Stepping",
     "UnknownNameError",
     "activation_bin_regularization",
     "apply_plan",
@@ -61,6 +72,9 @@ __all__ = [
     "bit_operations",
     "calibrate",
     "collect_inputs",
+    "dampening",
+    "describe",
+    "describe_text",
     "effectiveness",
     "float_state_dict",
     "ideal_bytes",
@@ -78,4 +92,5 @@ __all__ = [
     "sqnr",
     "unquantized",
     "weight_bin_regularization",
+    "weight_dampening",
 ]

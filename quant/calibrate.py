@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .core import Range
-from .layers import QuantLayer
-from .probing import evaluating, inputs_of
-from .swap import quant_layers, quantizers
+from .layers import QuantLayer, input_of, turned
+from .probing import call, evaluating, inputs_of
+from .swap import quant_layers, quantizers, weight_layers
 
 VALUES_PER_BATCH = 2**15  # of each quantizer's input
 VALUES = 2**18  # in all: 1 MiB a quantizer
@@ -31,8 +31,8 @@ def calibrate(
 
     Args:
         model: with `QuantLayer`s.
-        batches: inputs (N, ...), or tuples that begin with them; always the same ones, in the
-            same order, where the result must repeat.
+        batches: inputs (N, ...), tuples that begin with them, or mappings of keyword arguments;
+            always the same ones, in the same order, where the result must repeat.
         keep: ranges of other quantizers by quantizer name (from `ranges`), each tried as a start.
 
     Raises:
@@ -40,10 +40,10 @@ def calibrate(
     """
     keep = keep or {}
     layers = quant_layers(model)
-    for name, layer in layers.items():
-        if layer.weight_quantizer is not None:
-            known = keep.get(_join(name, "weight_quantizer"))
-            layer.weight_quantizer.calibrate(layer.weight.detach(), keep=known)
+    for name, layer in weight_layers(model).items():
+        assert layer.weight_quantizer is not None
+        known = keep.get(_join(name, "weight_quantizer"))
+        layer.weight_quantizer.calibrate(layer.weight.detach(), keep=known)
     if all(layer.input_quantizer is None for layer in layers.values()):
         return
     samples = collect_samples(model, batches)
@@ -64,9 +64,9 @@ def collect_samples(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tenso
     generator = torch.Generator().manual_seed(0)
 
     def look(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
             values = kept.setdefault(name, [])
-            flat = args[0].detach().reshape(-1)
+            flat = input_of(args, kwargs).detach().reshape(-1)
             room = min(VALUES_PER_BATCH, VALUES - sum(len(v) for v in values))
             if room < len(flat):
                 places = torch.randint(len(flat), (max(room, 0),), generator=generator)
@@ -77,7 +77,7 @@ def collect_samples(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tenso
 
     layers = quant_layers(model)
     hooks = [
-        layer.register_forward_pre_hook(look(name))
+        layer.register_forward_pre_hook(look(name), with_kwargs=True)
         for name, layer in layers.items()
         if layer.input_quantizer is not None
     ]
@@ -85,7 +85,7 @@ def collect_samples(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tenso
     try:
         with evaluating(model), _bypassed(layers), _batch_statistics(model), torch.no_grad():
             for x in inputs_of(batches, model):
-                model(x)
+                call(model, x)
                 count += 1
     finally:
         for hook in hooks:
@@ -124,7 +124,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
                 norm.momentum = None  # cumulative average
                 norm.training = True
             for x in chain([first], inputs):
-                model(x)
+                call(model, x)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
@@ -138,10 +138,13 @@ def bake(model: nn.Module) -> nn.Module:
     weights; all is in evaluation mode and needs no gradient. For a teacher.
     """
     model.eval()
+    baked: dict[nn.Parameter, nn.Parameter] = {}  # a weight that layers share stays one
     for layer in quant_layers(model).values():
         if layer.weight_quantizer is not None:
-            weight = layer.weight_quantizer(layer.weight)
-            layer.layer.weight = nn.Parameter(weight, requires_grad=False)
+            if (latent := layer.latent) not in baked:
+                weight = turned(layer.layer, layer.weight_quantizer(layer.weight))
+                baked[latent] = nn.Parameter(weight, requires_grad=False)
+            layer.layer.weight = baked[latent]
             layer.weight_quantizer = None
     return model.requires_grad_(False)
 

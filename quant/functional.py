@@ -98,6 +98,43 @@ def round_within(
     return _RoundWithin.apply(x, scale, low, high, start, end)
 
 
+def inside(grad: Tensor, u: Tensor, low: float, high: float) -> Tensor:
+    """`grad` where low <= u <= high, else 0. hardtanh_backward alone would leave the bounds out."""
+    return torch.ops.aten.hardtanh_backward.default(grad, u, just_below(low), -just_below(-high))
+
+
+def just_below(bound: float) -> float:
+    """The next float32 below a bound that is not positive; below zero the next normal one."""
+    if bound == 0:
+        return -TINY
+    step = 2.0 ** (math.floor(math.log2(abs(bound))) - 23)
+    return bound - step
+
+
+def stored_order(x: Tensor, like: Tensor) -> Tensor:
+    """All values of `x` in the order in which those of `like` are stored, (numel,)."""
+    return x.permute(_by_stride(like)).reshape(-1)
+
+
+def from_stored_order(values: Tensor, like: Tensor) -> Tensor:
+    """Values (numel,) in the order in which those of `like` are stored, in its shape and format."""
+    order = _by_stride(like)
+    stored = values.view([like.shape[axis] for axis in order])
+    return stored.permute(sorted(range(len(order)), key=order.__getitem__))
+
+
+def look_up(table: Tensor, index: Tensor) -> Tensor:
+    """table[index] for a table (L,), in the memory format of `index` (int32, any shape).
+
+    index_select on the places in the order of their storage is seven times as fast on a CPU as
+    indexing with a tensor. Without a gradient; never a view, so that a layer may work in place.
+    """
+    values = torch.empty_like(index, dtype=table.dtype)
+    stored = values.permute(_by_stride(index)).view(-1)
+    torch.index_select(table, 0, stored_order(index, index), out=stored)
+    return values
+
+
 def per_channel_view(scale: Tensor, x: Tensor) -> Tensor:
     """A scale of shape (C,) as (C, 1, ..., 1) beside `x`; one of shape () as it is."""
     return scale if scale.dim() == 0 else scale.view(-1, *[1] * (x.dim() - 1))
@@ -131,7 +168,7 @@ class _LearnedStep(torch.autograd.Function):
         low, high, midrise, grad_scale = ctx.grid
         grad = wide(grad)
         u = wide(x) / step
-        grad_x = _inside(grad, u, low, high)
+        grad_x = inside(grad, u, low, high)
         grad_step = None
         if ctx.needs_input_grad[1]:
             if value is None:
@@ -167,17 +204,8 @@ class _RoundWithin(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, start, end = ctx.saved_tensors
         share = (wide(x) - start).div_((end - start).clamp_min(TINY))  # 0 .. 1 inside
-        return _inside(wide(grad), share, 0.0, 1.0).to(x.dtype), None, None, None, None, None
+        return inside(wide(grad), share, 0.0, 1.0).to(x.dtype), None, None, None, None, None
 
 
-def _inside(grad: Tensor, u: Tensor, low: float, high: float) -> Tensor:
-    """`grad` where low <= u <= high, else 0. hardtanh_backward alone would leave the bounds out."""
-    return torch.ops.aten.hardtanh_backward.default(grad, u, _just_below(low), -_just_below(-high))
-
-
-def _just_below(bound: float) -> float:
-    """The next float32 below a bound that is not positive; below zero the next normal one."""
-    if bound == 0:
-        return -TINY
-    step = 2.0 ** (math.floor(math.log2(abs(bound))) - 23)
-    return bound - step
+def _by_stride(x: Tensor) -> list[int]:
+    return sorted(range(x.dim()), key=x.stride, reverse=True)

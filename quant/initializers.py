@@ -116,6 +116,43 @@ def starting_steps(
     return torch.cat([table, search]) if init == "mse" else table
 
 
+def fitting_step(
+    rows: Tensor,
+    *,
+    keep: Range | None,
+    init: StepInit,
+    low: float,
+    high: float,
+    bits: int,
+    signed: bool,
+    centered: bool,
+    midrise: bool = False,
+    lsq_levels: float | None = None,
+) -> Tensor:
+    """The step, (groups,), at which a uniform grid starts: the best of all that are proposed.
+
+    Args:
+        rows: (groups, values).
+        keep: the range of another quantizer of the same values, tried as well.
+        init, low, high, bits, signed, centered, lsq_levels: see `starting_steps`.
+        midrise: see `best_step`.
+    """
+    candidates = starting_steps(
+        rows,
+        init=init,
+        low=low,
+        high=high,
+        bits=bits,
+        signed=signed,
+        centered=centered,
+        lsq_levels=lsq_levels,
+    )
+    if keep is not None:
+        candidates = torch.cat([candidates, kept_step(keep, rows, low=low, high=high)[None]])
+    fits = torch.stack([usable(step, rows, low=low, high=high) for step in candidates])
+    return best_step(rows, fits, low=low, high=high, midrise=midrise)
+
+
 def usable(step: Tensor, rows: Tensor, *, low: float, high: float) -> Tensor:
     """`step` where it is finite and positive; else one that covers the row; else 1.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch.nn.functional as F
@@ -14,13 +15,16 @@ if TYPE_CHECKING:
     from .policy import LayerPlan
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-QUANTIZABLE = (*CONVOLUTIONS, nn.Linear)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+QUANTIZABLE = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
 
 class QuantLayer(nn.Module):
     """Runs a layer on its quantized weight and its quantized input.
 
-    The layer keeps its own weight (the latent one), bias, dilation, groups and padding mode.
+    The layer keeps its own weight (the latent one), bias, dilation, groups and padding mode. Its
+    bias and its plain settings (`stride`, `in_features`, ...) can be read here too, because code
+    around a layer may do so.
 
     Args:
         layer: any layer whose parameter `weight` is to be quantized; run by its own forward.
@@ -40,25 +44,55 @@ class QuantLayer(nn.Module):
         self.layer = layer
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
+        for setting in getattr(layer, "__constants__", ()):
+            if hasattr(layer, setting) and not hasattr(self, setting):
+                setattr(self, setting, getattr(layer, setting))
 
     @property
-    def weight(self) -> nn.Parameter:
-        """The latent weight."""
+    def latent(self) -> nn.Parameter:
+        """The parameter that training moves, in the layer's own layout."""
         return cast(nn.Parameter, self.layer.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output, in the shape that the layer gives."""
-        if self.input_quantizer is not None:
-            x = self.input_quantizer(x)
+    @property
+    def weight(self) -> Tensor:
+        """The latent weight as quantizers see it, (O, I, *kernel) or (O, I).
+
+        The parameter itself, or a view of it for a transposed convolution, whose O is the number
+        of output channels of one group; a gradient goes to the parameter, and so does a change
+        in place.
+        """
+        return turned(self.layer, self.latent)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The layer's bias."""
+        return cast("nn.Parameter | None", self.layer.bias)
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output, in the shape that the layer gives; further arguments are its own."""
+        x = input if self.input_quantizer is None else self.input_quantizer(input)
         layer: Any = self.layer
-        weight: Tensor = self.weight
+        weight: Tensor = self.latent
         if self.weight_quantizer is not None:
-            weight = self.weight_quantizer(weight)
+            weight = turned(layer, self.weight_quantizer(self.weight))
         # The plain layers are called directly: functional_call costs as much as a small layer.
         if type(layer) is nn.Linear:
             output = F.linear(x, weight, layer.bias)
         elif type(layer) in CONVOLUTIONS:
             output = layer._conv_forward(x, weight, layer.bias)
         else:
-            output = functional_call(layer, {"weight": weight}, (x,))
+            output = functional_call(layer, {"weight": weight}, (x, *args), kwargs)
         return output
+
+
+def turned(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A weight from the layer's own layout to (O, I, *kernel), or back: the same exchange.
+
+    Only a transposed convolution stores its input channels first.
+    """
+    return weight.transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight
+
+
+def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The tensor that a layer was called with, by position or by name."""
+    return cast(Tensor, args[0] if args else kwargs["input"])

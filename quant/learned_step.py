@@ -16,14 +16,7 @@ from .functional import (
     to_codes,
     wide,
 )
-from .initializers import (
-    StepInit,
-    best_step,
-    kept_step,
-    rows_of,
-    starting_steps,
-    usable,
-)
+from .initializers import StepInit, fitting_step, rows_of
 
 GradScale = Literal["numel", "channel_count", "none", "numel_per_channel"]
 
@@ -66,24 +59,17 @@ class LearnedStepQuantizer(Quantizer):
     @torch.no_grad()
     def calibrate(self, x: Tensor, *, keep: Range | None = None) -> None:
         """Sets the step and its lower bound; see `Quantizer.calibrate`."""
-        rows = rows_of(x, channel_axis=self.channel_axis)
-        candidates = starting_steps(
-            rows,
+        step = fitting_step(
+            rows_of(x, channel_axis=self.channel_axis),
+            keep=keep,
             init=self.init,
             low=self.low,
             high=self.high,
             bits=self.bits,
             signed=self.signed,
             centered=self.site.target == "weight",
+            midrise=self.midrise,
             lsq_levels=self.grad_levels,
-        )
-        if keep is not None:
-            candidates = torch.cat(
-                [candidates, kept_step(keep, rows, low=self.low, high=self.high)[None]]
-            )
-        fits = [usable(step, rows, low=self.low, high=self.high) for step in candidates]
-        step = best_step(
-            rows, torch.stack(fits), low=self.low, high=self.high, midrise=self.midrise
         ).view_as(self.scale)
         self.scale.copy_(step)
         self.scale_floor.copy_(step * LOWEST_STEP)

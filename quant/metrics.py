@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .core import QTensor, Quantizer
+from .layers import QuantLayer
 from .policy import LayerPlan
-from .probing import Probe, evaluating, inputs_of
-from .swap import quant_layers, quantizers
+from .probing import Probe, call, evaluating, inputs_of
+from .swap import quant_layers, quantizers, weight_layers
 
 SUMMARY = ("scale", "low", "high", "levels", "clipped", "sqnr_db")
 
@@ -32,11 +33,8 @@ def layer_report(model: nn.Module, batches: Iterable[Any]) -> list[dict[str, Any
     names), then for weight_ and activation_: scale (the largest), low, high (of the range),
     levels, clipped (share outside the range), sqnr_db. What is not quantized has None.
     """
-    watched = _watch(model, batches)
-    return [
-        _row(name, layer.plan or LayerPlan(), watched)
-        for name, layer in quant_layers(model).items()
-    ]
+    watched = {seen.quantizer: seen for seen in _watch(model, batches).values()}
+    return [_row(name, layer, watched) for name, layer in quant_layers(model).items()]
 
 
 def bit_operations(found: Probe, plan: Mapping[str, LayerPlan]) -> int:
@@ -57,14 +55,18 @@ def ideal_bytes(model: nn.Module) -> int:
     are not needed to run it.
     """
     total, packed = 0, set()
+    for layer in weight_layers(model).values():
+        assert layer.weight_quantizer is not None
+        q = layer.weight_quantizer.encode(layer.weight)
+        packed.add(layer.latent)
+        total += math.ceil(q.codes.numel() * q.bits / 8) + _side_bytes(q)
     for layer in quant_layers(model).values():
-        if layer.weight_quantizer is not None:
-            q = layer.weight_quantizer.encode(layer.weight)
-            packed.add(layer.weight)
-            total += math.ceil(q.codes.numel() * q.bits / 8) + _side_bytes(q)
         if layer.input_quantizer is not None:
-            scale_only = torch.zeros(1, 1, 1, 1, device=next(layer.layer.parameters()).device)
-            total += _side_bytes(layer.input_quantizer.encode(scale_only))
+            site = layer.input_quantizer.site
+            shape = [1, 1, 1, 1]
+            shape[site.channel_axis] = site.channels
+            nothing = torch.zeros(shape, device=layer.latent.device)
+            total += _side_bytes(layer.input_quantizer.encode(nothing))
     inside = {
         tensor
         for quantizer in quantizers(model).values()
@@ -147,9 +149,10 @@ def _watch(model: nn.Module, batches: Iterable[Any]) -> dict[str, _Seen]:
     watched = {name: _Seen(quantizer) for name, quantizer in quantizers(model).items()}
     of = {seen.quantizer: seen for seen in watched.values()}
     hooks = []
+    for layer in weight_layers(model).values():
+        assert layer.weight_quantizer is not None
+        of[layer.weight_quantizer].add(layer.weight)
     for layer in quant_layers(model).values():
-        if layer.weight_quantizer is not None:
-            of[layer.weight_quantizer].add(layer.weight)
         if layer.input_quantizer is not None:
             seen = of[layer.input_quantizer]
             hooks.append(
@@ -160,14 +163,15 @@ def _watch(model: nn.Module, batches: Iterable[Any]) -> dict[str, _Seen]:
     try:
         with evaluating(model):
             for x in inputs_of(batches, model) if hooks else ():
-                model(x)
+                call(model, x)
     finally:
         for hook in hooks:
             hook.remove()
     return watched
 
 
-def _row(name: str, plan: LayerPlan, watched: Mapping[str, _Seen]) -> dict[str, Any]:
+def _row(name: str, layer: QuantLayer, watched: Mapping[Quantizer, _Seen]) -> dict[str, Any]:
+    plan = layer.plan or LayerPlan()
     row: dict[str, Any] = {
         "layer": name,
         "weight_bits": plan.weight_bits,
@@ -175,8 +179,9 @@ def _row(name: str, plan: LayerPlan, watched: Mapping[str, _Seen]) -> dict[str, 
         "weight_quantizer": plan.weight[0].name if plan.weight else None,
         "activation_quantizer": plan.activation[0].name if plan.activation else None,
     }
-    for side, part in (("weight", "weight_quantizer"), ("activation", "input_quantizer")):
-        seen = watched.get(f"{name}.{part}" if name else part)
+    halves = (("weight", layer.weight_quantizer), ("activation", layer.input_quantizer))
+    for side, quantizer in halves:
+        seen = None if quantizer is None else watched.get(quantizer)
         values = seen.summary() if seen and seen.count else dict.fromkeys(SUMMARY)
         row |= {f"{side}_{key}": value for key, value in values.items()}
     return row

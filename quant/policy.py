@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from .core import QUANTIZERS, WIDTHS, Quantizer, Site, Target
-from .probing import LayerFacts, Probe
+from .probing import KINDS, LayerFacts, Probe
+from .registry import unknown
 
 FLOAT_BITS = 32
-SHORTCUT_NAMES = ("shortcut", "downsample")
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,14 @@ class QuantizerChoice:
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The registered names that its numbers depend on: its own, and that which it wraps."""
+        inner = QUANTIZERS[self.name].options().get("method")
+        if inner is None:
+            return (self.name,)
+        return self.name, self.options.get("method", inner.default)
 
     def build(self, site: Site) -> Quantizer:
         """The quantizer for `site`.
@@ -36,13 +44,28 @@ class QuantizerChoice:
 
 @dataclass(frozen=True)
 class Rule:
-    """What differs for the layers whose name fits the glob `match`; None leaves it as it is."""
+    """What differs for the layers that fit; None leaves it as it is.
 
-    match: str
+    Attributes:
+        match: glob over the layer's name, or any of its names.
+        kind: one of `KINDS`: `Linear`, `depthwise`, ...; None for all.
+    """
+
+    match: str = "*"
     weight_bits: int | None = None
     activation_bits: int | None = None
     weight: QuantizerChoice | None = None
     activation: QuantizerChoice | None = None
+    kind: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and self.kind not in KINDS:
+            raise ValueError(unknown("kind of layer", self.kind, KINDS))
+
+    def fits(self, facts: LayerFacts) -> bool:
+        """Whether the rule is for this layer."""
+        named = any(fnmatchcase(name, self.match) for name in (facts.name, *facts.aliases))
+        return named and (self.kind is None or self.kind in facts.kinds)
 
 
 @dataclass(frozen=True)
@@ -75,12 +98,14 @@ class QuantPolicy:
         weight_bits, activation_bits: of the inner layers; 32 leaves them in float. With both at
             32 the network stays as it is, first and last layer included.
         weight, activation: methods of the inner layers.
-        first_last_bits: weights and inputs of the first and last layer in order of execution.
-            The input of the first is signed, whatever the probe saw.
+        first_last_bits: weights and inputs of the first and last layer in order of execution; 32
+            leaves them in float. The input of the first is signed, whatever the probe saw.
+        first_last_weight_bits, first_last_activation_bits: the same for one of the two.
         first_last_weight, first_last_activation: methods there.
         shortcut: width of shortcut convolutions (1x1, "shortcut" or "downsample" in the name).
-            "same" follows the inner layers, but takes 8 bits at W1A1.
-        rules: per-layer exceptions; of those that match a layer's name the last one wins. A rule
+            "same" follows the inner layers, but takes 8 bits at W1A1. Where the methods of the
+            inner layers do not have the shortcut's width, those of first and last layer serve.
+        rules: exceptions by name and kind; of those that fit a layer the last one wins. A rule
             that sets a width and no method takes the method of the inner layers.
     """
 
@@ -89,18 +114,28 @@ class QuantPolicy:
     weight: QuantizerChoice = QuantizerChoice("lsq")
     activation: QuantizerChoice = QuantizerChoice("lsq")
     first_last_bits: int = 8
+    first_last_weight_bits: int | None = None
+    first_last_activation_bits: int | None = None
     first_last_weight: QuantizerChoice = QuantizerChoice("range_linear")
     first_last_activation: QuantizerChoice = QuantizerChoice("lsq")
     shortcut: Literal["same"] | int = "same"
     rules: tuple[Rule, ...] = ()
 
+    @property
+    def full_precision(self) -> bool:
+        """Whether the network stays as it is, but for what rules say."""
+        return min(self.weight_bits, self.activation_bits) >= FLOAT_BITS
+
     def resolve(self, probe: Probe) -> dict[str, LayerPlan]:
         """The plan of every layer that the probe saw, in order of execution.
 
         Raises:
-            ValueError: all layers whose method cannot do what is asked, each with the way out.
+            ValueError: there is no such layer; or all layers whose method cannot do what is
+                asked, each with the way out.
         """
         names = list(probe.layers)
+        if not names and not self.full_precision:
+            raise ValueError(_nothing_there(probe))
         plans, errors = {}, []
         for name, facts in probe.layers.items():
             try:
@@ -111,38 +146,50 @@ class QuantPolicy:
             raise ValueError("; ".join(errors))
         return plans
 
+    def unused_rules(self, probe: Probe) -> list[int]:
+        """Positions of the rules that fit no layer: mistyped, or for another network."""
+        layers = probe.layers.values()
+        return [i for i, rule in enumerate(self.rules) if not any(map(rule.fits, layers))]
+
     def for_layer(self, facts: LayerFacts, *, first: bool, last: bool) -> LayerPlan:
         """The plan of one layer."""
-        bits = {"weight": self.weight_bits, "activation": self.activation_bits}
-        choice = {"weight": self.weight, "activation": self.activation}
-        quantized = min(bits.values()) < FLOAT_BITS
-        if quantized and (first or last):
-            bits = dict.fromkeys(bits, self.first_last_bits)
-            choice = {"weight": self.first_last_weight, "activation": self.first_last_activation}
-        elif quantized and _is_shortcut(facts):
-            if self.shortcut != "same":
-                bits = dict.fromkeys(bits, self.shortcut)
-            elif max(bits.values()) == 1:
-                bits = dict.fromkeys(bits, 8)
-        if matching := [r for r in self.rules if fnmatchcase(facts.name, r.match)]:
-            rule = matching[-1]
-            for side, width, method, inner in (
-                ("weight", rule.weight_bits, rule.weight, self.weight),
-                ("activation", rule.activation_bits, rule.activation, self.activation),
-            ):
-                if width is not None:
-                    bits[side], choice[side] = width, inner
-                choice[side] = method or choice[side]
-        return LayerPlan(
-            weight=_place(choice["weight"], "weight", bits["weight"], True, facts.out_channels),
-            activation=_place(
-                choice["activation"],
-                "activation",
-                bits["activation"],
-                first or facts.signed_input,
-                facts.in_channels,
-            ),
-        )
+        rule = next((r for r in reversed(self.rules) if r.fits(facts)), Rule())
+        edge = first or last
+        bits, methods = self._half("weight", facts, edge, rule.weight_bits, rule.weight)
+        weight = _place(methods, Site("weight", bits, True, facts.weight_channels))
+        bits, methods = self._half("activation", facts, edge, rule.activation_bits, rule.activation)
+        signed = first or facts.signed_input
+        site = Site("activation", bits, signed, facts.in_channels, facts.input_axis)
+        return LayerPlan(weight, _place(methods, site))
+
+    def _half(
+        self,
+        target: Target,
+        facts: LayerFacts,
+        edge: bool,
+        rule_bits: int | None,
+        rule_method: QuantizerChoice | None,
+    ) -> tuple[int, list[QuantizerChoice]]:
+        """Width of a layer's weight or input, and its method; a further one stands in for it."""
+        bits, inner = self.weight_bits, self.weight
+        edge_bits, edge_method = self.first_last_weight_bits, self.first_last_weight
+        if target == "activation":
+            bits, inner = self.activation_bits, self.activation
+            edge_bits, edge_method = self.first_last_activation_bits, self.first_last_activation
+        methods = [inner]
+        if edge and not self.full_precision:
+            bits = self.first_last_bits if edge_bits is None else edge_bits
+            methods = [edge_method]
+        elif "shortcut" in facts.kinds and not self.full_precision:
+            wide = 8 if self.weight_bits == self.activation_bits == 1 else bits
+            wide = wide if self.shortcut == "same" else self.shortcut
+            methods = [inner] if wide == bits else [inner, edge_method]
+            bits = wide
+        if rule_bits is not None:
+            bits, methods = rule_bits, [inner]
+        if rule_method is not None:
+            methods = [rule_method]
+        return bits, methods
 
 
 def plan_from_dict(data: Mapping[str, Mapping[str, Any]]) -> dict[str, LayerPlan]:
@@ -161,22 +208,34 @@ def plan_as_dict(plan: Mapping[str, LayerPlan]) -> dict[str, dict[str, Any]]:
     return {name: layer.as_dict() for name, layer in plan.items()}
 
 
-def _place(
-    choice: QuantizerChoice, target: Target, bits: int, signed: bool, channels: int
-) -> tuple[QuantizerChoice, Site] | None:
-    if bits == FLOAT_BITS:
+def _place(methods: Sequence[QuantizerChoice], site: Site) -> tuple[QuantizerChoice, Site] | None:
+    """The first of the methods that can do what the site asks; None for 32 bits.
+
+    Raises:
+        ValueError: none of them can; what the first one says.
+    """
+    if site.bits == FLOAT_BITS:
         return None
-    if bits not in WIDTHS:
+    if site.bits not in WIDTHS:
         known = ", ".join(map(str, sorted(WIDTHS | {FLOAT_BITS})))
-        raise ValueError(f"no width of {bits} bits; known: {known}")
-    site = Site(target, bits, signed, channels)
-    choice.build(site)  # every refusal comes now, not when the model is half swapped
-    return choice, site
+        raise ValueError(f"no width of {site.bits} bits; known: {known}")
+    first, *others = methods
+    try:
+        first.build(site)  # every refusal comes now, not when the model is half swapped
+    except ValueError:
+        if not others:
+            raise
+        return _place(others, site)
+    return first, site
 
 
-def _is_shortcut(facts: LayerFacts) -> bool:
-    pointwise = bool(facts.kernel) and set(facts.kernel) == {1}
-    return pointwise and any(word in facts.name for word in SHORTCUT_NAMES)
+def _nothing_there(probe: Probe) -> str:
+    """Why there is nothing to quantize, and what the model has instead."""
+    has = "; ".join(f"{name or 'the model itself'} ({why})" for name, why in probe.skipped.items())
+    return (
+        "nothing to quantize: the model runs no convolution (plain or transposed, 1 to 3 "
+        f"dimensions) and no linear layer; it has {has or 'no weights'}"
+    )
 
 
 def _record(placed: tuple[QuantizerChoice, Site] | None) -> dict[str, Any] | None:

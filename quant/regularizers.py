@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .core import QTensor, Quantizer
-from .functional import wide
-from .swap import quant_layers
+from .functional import look_up, stored_order, wide
+from .swap import quant_layers, weight_layers
 
 
 def bin_regularization(values: Tensor, q: QTensor, *, scale: Tensor | None = None) -> Tensor:
@@ -56,10 +56,9 @@ def weight_bin_regularization(
     """
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
-    for layer in quant_layers(model).values():
-        if layer.weight_quantizer is not None:
-            weight = layer.weight
-            total = total + _pull(layer.weight_quantizer, weight, attach_scale, grad_scale)
+    for layer in weight_layers(model).values():
+        assert layer.weight_quantizer is not None
+        total = total + _pull(layer.weight_quantizer, layer.weight, attach_scale, grad_scale)
     return total
 
 
@@ -146,11 +145,7 @@ class _BinRegularization(torch.autograd.Function):
 
 
 def _share(q: QTensor) -> Tensor:
-    """Of each value 1 / (members of its bin * scale groups), shaped as the codes.
-
-    Read from a table by index_select on the codes in the order of their storage: several times
-    as fast as indexing with a tensor, and the memory format stays.
-    """
+    """Of each value 1 / (members of its bin * scale groups), shaped as the codes."""
     bins, groups = q.codes.int(), 1
     if q.channel_axis is not None:
         groups = bins.shape[q.channel_axis]
@@ -158,12 +153,8 @@ def _share(q: QTensor) -> Tensor:
         shape[q.channel_axis] = groups
         first = torch.arange(groups, device=bins.device, dtype=torch.int32) * q.num_levels
         bins = bins + first.view(shape)
-    order = sorted(range(bins.dim()), key=bins.stride, reverse=True)
-    stored = bins.permute(order)
-    flat = stored.reshape(-1)
-    members = torch.bincount(flat, minlength=groups * q.num_levels).clamp_min(1)
-    share = (1.0 / (members * groups)).index_select(0, flat).view(stored.shape)
-    return share.permute(sorted(range(len(order)), key=order.__getitem__))
+    members = torch.bincount(stored_order(bins, bins), minlength=groups * q.num_levels)
+    return look_up(1.0 / (members.clamp_min(1) * groups), bins)
 
 
 def _sum_to(x: Tensor, q: QTensor) -> Tensor:

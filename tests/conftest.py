@@ -34,5 +34,23 @@ def log_level() -> Iterator[None]:
     ours.setLevel(before)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the golden entries that ran came to: `test_golden` recorded it."""
+    recorded = [
+        value
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", "") == "call"
+        for name, value in report.user_properties
+        if name == "golden"
+    ]
+    if recorded:
+        from test_golden import Outcome, summary
+
+        terminalreporter.section("golden numbers")
+        for line in summary(Outcome(**value) for value in recorded):
+            terminalreporter.write_line(line)
+
+
 def pytest_unconfigure() -> None:
     _home.cleanup()

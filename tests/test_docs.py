@@ -4,16 +4,20 @@ import re
 from pathlib import Path
 
 import pytest
+from bitladder import quant
 from bitladder.flows.__main__ import app
+from bitladder.flows.quantizer_pages import overview_row, quantizer_pages
 from bitladder.models import MODELS
 from bitladder.pipeline.config_load import parse_config, shipped_configs
 from bitladder.pipeline.data import DATASETS
 from bitladder.pipeline.losses import LOSSES
 from bitladder.pipeline.stages import STAGES
 from bitladder.pipeline.yaml_reader import read_yaml
+from bitladder.quant.catalogue import catalogue
 from bitladder.quant.quantizers import QUANTIZERS
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language):
@@ -47,9 +51,40 @@ def test_a_shipped_config_opens_with_its_command():
         assert path.read_text(encoding="utf-8").startswith(f"# bitladder run {name} ")
 
 
+def test_the_page_of_quantizers_is_what_the_code_says():
+    page = (ROOT / "docs" / "quantizers.md").read_text(encoding="utf-8")
+    assert page == quantizer_pages(), "stale; write it anew with `make docs`"
+
+
+def test_the_readme_s_table_of_quantizers_has_the_widths_of_the_code():
+    found = re.findall(r"^\| `(\w+)` \| ([^|]*) \| ([^|]*) \| ([^|]*) \|", README, flags=re.M)
+    assert sorted(found) == [overview_row(facts)[:4] for facts in catalogue()]
+
+
 def test_the_ladder_in_the_readme_loads():
-    (text,) = blocks("yaml")
+    text, _ = blocks("yaml")
     assert len(parse_config(read_yaml(text, "README.md")).ladder) == 5
+
+
+def test_the_rung_in_the_readme_loads():
+    _, text = blocks("yaml")
+    rungs = [{"weight_bits": 32, "activation_bits": 32}, read_yaml(text, "README.md")]
+    rung = parse_config({"name": "readme", "ladder": rungs}).ladder[1]
+    assert rung.quantizer.weight.options == {"method": "lsq"}
+    assert rung.oscillation.dampens
+    assert rung.oscillation.freezes
+
+
+def test_the_readme_s_quantized_network_works(capsys):
+    (code,) = [block for block in blocks("python") if "quantize_model" in block]
+    names = {}
+    exec(code, names)
+    plans = quant.layer_plan(names["model"])
+    assert {plan.weight_bits for plan in plans.values()} == {2, 4, 8}
+    assert plans["layer4.1.conv2"].weight[0].name == "apot"
+    assert names["model"](names["images"]).isfinite().all()
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[1:]] == list(plans)
 
 
 def test_the_readme_s_imports_work():

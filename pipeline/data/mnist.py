@@ -13,6 +13,7 @@ from .augment import Augmentation, Padding
 from .bundle import DATASETS, DataBundle, DataError, bundle_tensors
 from .fingerprint import CONTENTS, fingerprint
 from .idx import read_idx
+from .splits import stratified_split
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def mnist(
     *,
     root: Path = Path("data"),
     download: bool = True,
+    limit: int | None = None,
     validation: float | int = 0.1,
     split_seed: int = 0,
     crop: int = 2,
@@ -69,12 +71,15 @@ def mnist(
 ) -> DataBundle:
     """MNIST: handwritten digits, 1 x 28 x 28, 60,000 to train and 10,000 to test.
 
+    With `limit` only so many are trained on, always the same ones for one `split_seed`, of every
+    class its share; `validation` is taken off them. The test set stays whole.
+
     Source: LeCun, Cortes and Burges, The MNIST database of handwritten digits, 1998.
     """
     options = dict(locals())  # first of all, while it holds the options and nothing else
     train, test = _load(MNIST, root, download)
     return bundle_tensors(
-        train,
+        _limited(train, limit, split_seed),
         test,
         validation=validation,
         split_seed=split_seed,
@@ -91,6 +96,7 @@ def fashion_mnist(
     *,
     root: Path = Path("data"),
     download: bool = True,
+    limit: int | None = None,
     validation: float | int = 0.1,
     split_seed: int = 0,
     crop: int = 2,
@@ -99,12 +105,15 @@ def fashion_mnist(
 ) -> DataBundle:
     """Fashion-MNIST: articles of clothing, 1 x 28 x 28, 60,000 to train and 10,000 to test.
 
+    With `limit` only so many are trained on, always the same ones for one `split_seed`, of every
+    class its share; `validation` is taken off them. The test set stays whole.
+
     Source: Xiao, Rasul and Vollgraf, Fashion-MNIST, 2017, arXiv:1708.07747.
     """
     options = dict(locals())  # first of all, while it holds the options and nothing else
     train, test = _load(FASHION_MNIST, root, download)
     return bundle_tensors(
-        train,
+        _limited(train, limit, split_seed),
         test,
         validation=validation,
         split_seed=split_seed,
@@ -155,6 +164,17 @@ def _load(
             f"{tuple(train[0].shape[2:])} and {tuple(test[0].shape[2:])}"
         )
     return train, test
+
+
+def _limited(train: tuple[Tensor, Tensor], limit: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    """So many of the training images; all of them without a limit."""
+    images, labels = train
+    if limit is None or limit == len(labels):
+        return train
+    if not 1 <= limit < len(labels):
+        raise DataError(f"limit must be from 1 to {len(labels)} training images, not {limit}")
+    _, taken = stratified_split(labels, limit, seed=seed, name="limit")
+    return images[taken], labels[taken]
 
 
 def _pair(data: IdxSet, images_path: Path, labels_path: Path) -> tuple[Tensor, Tensor]:

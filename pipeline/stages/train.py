@@ -19,7 +19,7 @@ from ..config import Component, StageConfig
 from ..data.split import Batch
 from ..errors import StageError
 from ..evaluate import evaluate
-from ..fit import EVALUATION_BATCH, fit
+from ..fit import EVALUATION_BATCH, fit, oscillation_shares
 from ..learner import Learner, Objective
 from ..network import build_network, describe_network, load_network, load_teacher
 from ..policy import choose_quantizer, policy_of
@@ -53,7 +53,8 @@ def train(context: StageContext) -> StageOutput:
     if "teacher" in context.parents:
         teacher = load_teacher(context.store, context.parents["teacher"], device)
     distill = stage.distill if teacher is not None else None
-    learner = Learner(student, Objective(stage.train, distill, stage.bin_regularization))
+    objective = Objective(stage.train, distill, stage.bin_regularization, stage.oscillation)
+    learner = Learner(student, objective)
     learner.to(device)
     if context.resume is not None:
         learner.load_state_dict(context.resume["learner"], strict=True)
@@ -75,6 +76,8 @@ def train(context: StageContext) -> StageOutput:
         reestimate_batch_norm(student, again)
     write_tensors(context.around.workdir / MODEL, student.state_dict())
     metrics = _measure(student, facts, context, history, calibration)
+    metrics |= oscillation_shares(learner)
+    _note_oscillation(metrics["layers"], learner)
     metrics["seconds_here"] = round(time.monotonic() - began, 3)
     return StageOutput((MODEL, METRICS), network, metrics)
 
@@ -106,7 +109,7 @@ def _quantize(
     plan = policy_of(stage).resolve(facts)
     network["quantization"] = plan_as_dict(plan)
     student = apply_plan(student, plan)
-    network["not_quantized"] = unquantized(student)
+    network["not_quantized"] = unquantized(student, facts)
     student.to(context.device)
     if context.resume is not None:
         return student  # the checkpoint holds the ranges
@@ -156,6 +159,15 @@ def _measure(
         "device": device.type,
         "layers": layers,
     }
+
+
+def _note_oscillation(layers: list[dict[str, Any]], learner: Learner) -> None:
+    """Adds to the row of each layer that was followed its shares at the end of training."""
+    found = learner.tracker.layer_shares() if learner.tracker is not None else {}
+    for layer in layers:
+        if shares := found.get(layer["layer"]):
+            layer["weight_oscillating"] = shares.oscillating
+            layer["weight_frozen"] = shares.frozen
 
 
 def _finite(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -29,7 +27,7 @@ class DoReFa(Quantizer):
     scale unless `unit_range`; a value half-way between two weight levels goes up.
     """
 
-    declares: ClassVar[frozenset[str]] = frozenset({"monotone"})
+    declares: frozenset[str] = frozenset({"monotone"})
 
     scale: Tensor
     magnitude: Tensor

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..core import QUANTIZERS, Site
 from ..initializers import StepInit
 from ..learned_step import GradScale, LearnedStepQuantizer
@@ -24,7 +22,7 @@ class LSQ(LearnedStepQuantizer):
     Source: Esser et al., ICLR 2020, equations 1-5. Differs from it in: nothing.
     """
 
-    declares: ClassVar[frozenset[str]] = frozenset({"nearest", "idempotent", "monotone"})
+    declares: frozenset[str] = frozenset({"nearest", "idempotent", "monotone"})
 
     def __init__(
         self,

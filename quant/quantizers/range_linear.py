@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class RangeLinear(Quantizer):
     Differs from public code in: codes are clamped to the grid, never more than 2^b.
     """
 
-    declares: ClassVar[frozenset[str]] = frozenset({"nearest", "idempotent", "monotone"})
+    declares: frozenset[str] = frozenset({"nearest", "idempotent", "monotone"})
 
     low: Tensor
     high: Tensor

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from ..core import QUANTIZERS, Site
 from ..initializers import StepInit
 from ..learned_step import GradScale, LearnedStepQuantizer
@@ -20,7 +18,7 @@ class UniQ(LearnedStepQuantizer):
     from it in: a value half-way between two levels goes up, not to the even code.
     """
 
-    declares: ClassVar[frozenset[str]] = frozenset({"nearest", "idempotent", "monotone"})
+    declares: frozenset[str] = frozenset({"nearest", "idempotent", "monotone"})
 
     def __init__(
         self,

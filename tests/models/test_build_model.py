@@ -114,7 +114,8 @@ def test_an_unknown_name_close_to_torchvisions_is_found_there():
 
 @pytest.mark.parametrize("name", ["preact_resnet8", "users_nets:Net"])
 def test_an_unknown_option_lists_the_known_ones(name, nets):
-    known = {"preact_resnet8": "activation_clip, block, shortcut, width"}.get(name, "hidden")
+    ours = "activation, activation_clip, block, shortcut, widen, width"
+    known = {"preact_resnet8": ours}.get(name, "hidden")
     with pytest.raises(UnknownNameError, match=f"unknown {name} option 'depht'; known: {known}$"):
         build(name, depht=3)
 

@@ -62,13 +62,14 @@ def test_the_smallest_images_work(name, size):
 @pytest.mark.parametrize("name", [*MODELS])
 def test_every_network_says_what_it_is(name):
     assert MODELS[name].summary.endswith(".")
-    assert {"width", "activation_clip"} <= MODELS[name].options().keys()
+    assert {"width", "widen", "activation", "activation_clip"} <= MODELS[name].options().keys()
 
 
 @pytest.mark.parametrize("name", RESNETS)
 def test_options_are_typed_and_the_depth_is_not_one_of_them(name):
     options = MODELS[name].options()
-    assert options.keys() == {"block", "width", "activation_clip", "shortcut"}
+    width = {"width", "widen"}
+    assert options.keys() == {"block", "activation", "activation_clip", "shortcut"} | width
     assert get_args(options["block"].annotation) == ("basic", "bottleneck")
     assert options["activation_clip"].annotation == (float | None)
 
@@ -192,6 +193,22 @@ def test_a_clip_that_lets_nothing_or_everything_pass_is_refused(clip):
 def test_a_width_that_is_no_width_is_refused(name, width):
     with pytest.raises(ValueError, match="width must be a whole number of at least 1"):
         build(name, width=width)
+
+
+@pytest.mark.parametrize("name", CLIPPED)
+@pytest.mark.parametrize(("widen", "width"), [(2, 10), (1.5, 8), (0.1, 1), (1, 5)])
+def test_widening_is_a_width_to_the_nearest_whole_channel(name, widen, width):
+    wide, plain = build(name, width=5, widen=widen).state_dict(), build(name, width=width)
+    assert {k: v.shape for k, v in wide.items()} == {
+        k: v.shape for k, v in plain.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("name", CLIPPED)
+@pytest.mark.parametrize("widen", [0, -1, float("inf"), float("nan"), True, "2"])
+def test_a_widening_that_is_none_is_refused(name, widen):
+    with pytest.raises(ValueError, match="widen must be a positive number"):
+        build(name, widen=widen)
 
 
 @pytest.mark.parametrize("name", CLIPPED)

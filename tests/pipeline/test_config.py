@@ -1,6 +1,8 @@
 import pytest
 from bitladder.pipeline.config_load import load_config, parse_config, shipped_configs
 from bitladder.pipeline.errors import ConfigError
+from bitladder.pipeline.policy import policy_of
+from bitladder.quant import QuantizerChoice
 
 BASE = {
     "name": "t",
@@ -160,3 +162,56 @@ def test_another_loss_or_optimizer_keeps_what_all_of_its_kind_have():
 
 def test_a_loss_that_cannot_be_built_is_refused_with_the_rest():
     assert "temperature must be above 0" in errors_of({**BASE, "distill": {"temperature": 0.0}})[0]
+
+
+def test_first_and_last_layer_take_methods_and_widths_of_their_own():
+    policy = {
+        "first_last_weight_bits": 2,
+        "first_last_activation_bits": 32,
+        "first_last_weight": "lsq",
+        "rules": [{"kind": "depthwise", "weight_bits": 8}],
+    }
+    rung = {"weight_bits": 4, "activation_bits": 4, "policy": policy}
+    config = parse_config(rungs(rung))
+    resolved = policy_of(config.ladder[1])
+    assert (resolved.first_last_weight_bits, resolved.first_last_activation_bits) == (2, 32)
+    assert resolved.first_last_weight == QuantizerChoice("lsq")
+    assert resolved.rules[0].kind == "depthwise"
+    assert parse_config(config.model_dump(mode="json")) == config
+
+
+def test_all_mistakes_of_a_policy_come_at_once_with_their_paths():
+    policy = {
+        "first_last_bits": 2,
+        "first_last_activation": "dorefa",
+        "rules": [
+            {"kind": "depthwis", "weight_bits": 8},
+            {"match": "conv2", "weight_bits": 1},
+            {"match": "conv2", "activation": {"name": "lsq", "per_chanel": True}},
+        ],
+    }
+    rung = {"weight_bits": 4, "activation_bits": 4, "quantizer": "lsq", "policy": policy}
+    found = "\n".join(errors_of(rungs(rung)))
+    for message in (
+        "policy.first_last_weight: range_linear needs 3 bits or more, not 2; use uniq or lsq",
+        "policy.first_last_activation: ",
+        "policy.rules.0.kind: unknown kind of layer 'depthwis'; did you mean 'depthwise'?",
+        "policy.rules.1.weight_bits: ",
+        "policy.rules.2.activation.per_chanel: unknown option",
+    ):
+        assert f"ladder.1.{message}" in found, found
+
+
+def test_a_rule_for_no_layers_in_particular_is_refused():
+    policy = {"rules": [{"weight_bits": 2}]}
+    rung = {"weight_bits": 4, "activation_bits": 4, "policy": policy}
+    assert "give match, a glob" in "\n".join(errors_of(rungs(rung)))
+
+
+def test_a_method_for_signed_activations_alone_is_left_to_the_probe():
+    methods = {"weight": "uniq", "activation": "reactnet"}
+    rung = {"weight_bits": 1, "activation_bits": 1, "quantizer": methods}
+    assert parse_config(rungs(rung)).ladder[1].quantizer.activation.name == "reactnet"
+    wide = {"weight_bits": 2, "activation_bits": 2, "quantizer": methods | {"weight": "lsq"}}
+    (error,) = errors_of(rungs(wide))
+    assert error.startswith("ladder.1.quantizer.activation: reactnet")

@@ -214,11 +214,18 @@ def test_a_width_that_a_layer_cannot_have_is_refused_before_anything_is_written(
         {
             "weight_bits": 4,
             "activation_bits": 4,
-            "policy": {"first_last_bits": 2, "rules": [{"match": "layer9.*", "weight_bits": 2}]},
+            "policy": {
+                "rules": [
+                    {"match": "conv1", "activation": {"name": "dorefa"}},
+                    {"match": "layer9.*", "weight_bits": 2},
+                    {"kind": "depthwise", "weight_bits": 2},
+                ]
+            },
         },
     ]
     with pytest.raises(ConfigError) as caught:
         open_ladder(tiny(ladder=rungs), tmp_path / "artifacts")
     assert "no layer is named 'layer9.*'; layers: conv1" in str(caught.value)
+    assert "no layer is depthwise; there are: Conv2d, Linear, convolution" in str(caught.value)
     assert "ladder.1: layer 'conv1'" in str(caught.value)
     assert not (tmp_path / "artifacts").exists()

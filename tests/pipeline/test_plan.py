@@ -94,3 +94,9 @@ def test_a_rule_that_sets_one_bit_takes_the_method_of_one_bit(tiny):
 def test_a_teacher_whose_loss_weighs_nothing_is_no_teacher(tiny):
     stages = make_plan(tiny(ladder=RUNGS, distill={"weight": 0.0})).stages
     assert {stage.teacher for stage in stages} == {None}
+
+
+def test_the_method_that_a_wrapper_wraps_enters_the_key(tiny):
+    wrapped = {"weight": {"name": "weight_norm", "method": "lcq"}, "activation": "lsq"}
+    (_, stage) = make_plan(tiny(ladder=[RUNGS[0], {**RUNGS[1], "quantizer": wrapped}])).stages
+    assert "quantizer lcq" in stage.spec.options["versions"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from bitladder.quant import (
     LayerPlan,
     Probe,
@@ -16,6 +17,7 @@ from bitladder.quant import (
     probe,
 )
 from quant_networks import Residual, images
+from torch import Tensor, nn
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +143,114 @@ def test_signed_activations_say_which_method_can(found):
     plan = QuantPolicy(4, 4, activation=QuantizerChoice("dorefa"), rules=rules).resolve(found)
     assert plan["body.conv1"].activation[0].name == "dorefa"
     assert plan["body.conv2"].activation[0].name == "lsq"
+
+
+class Kinds(nn.Module):
+    """A layer of each kind, one behind the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.depthwise = nn.Conv2d(8, 16, 3, groups=8)
+        self.grouped = nn.Conv2d(16, 8, 1, groups=2)
+        self.pointwise = nn.Conv2d(8, 8, 1)
+        self.up = nn.ConvTranspose2d(8, 6, 2, groups=2)
+        self.mix = nn.Linear(6, 6)
+        self.downsample = nn.Sequential(nn.Conv2d(6, 6, 1, stride=2))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pointwise(self.grouped(self.depthwise(self.stem(x))))
+        x = self.mix(self.up(x).movedim(1, -1)).movedim(-1, 1)
+        return self.head(self.downsample(x).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def kinds() -> Probe:
+    return probe(Kinds(), [images()])
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [
+        ("Conv2d", {"stem", "depthwise", "grouped", "pointwise", "downsample.0"}),
+        ("Linear", {"mix", "head"}),
+        ("ConvTranspose2d", {"up"}),
+        ("transposed", {"up"}),
+        ("depthwise", {"depthwise"}),
+        ("grouped", {"depthwise", "grouped", "up"}),
+        ("pointwise", {"pointwise", "downsample.0"}),
+        ("shortcut", {"downsample.0"}),
+        ("convolution", {"stem", "depthwise", "grouped", "pointwise", "up", "downsample.0"}),
+    ],
+)
+def test_a_rule_reaches_the_layers_of_its_kind(kinds, kind, layers):
+    plan = QuantPolicy(4, 4, rules=(Rule(kind=kind, weight_bits=5),)).resolve(kinds)
+    assert {name for name, p in plan.items() if p.weight_bits == 5} == layers
+
+
+def test_a_rule_with_a_name_and_a_kind_wants_both(kinds):
+    plan = QuantPolicy(4, 4, rules=(Rule("*wise", kind="depthwise", weight_bits=5),)).resolve(kinds)
+    assert [name for name, p in plan.items() if p.weight_bits == 5] == ["depthwise"]
+
+
+def test_an_unknown_kind_names_the_known_ones():
+    with pytest.raises(ValueError, match="did you mean 'depthwise'"):
+        Rule(kind="depth-wise")
+
+
+def test_rules_that_fit_no_layer_are_found(kinds):
+    rules = (Rule("stem"), Rule("layer1.*"), Rule("mix", kind="Conv2d"))
+    assert QuantPolicy(4, 4, rules=rules).unused_rules(kinds) == [1, 2]
+
+
+def test_a_site_says_where_the_channels_stand_and_how_many_there_are(kinds):
+    plan = QuantPolicy(4, 4).resolve(kinds)
+    axes = {name: p.activation[1].axis for name, p in plan.items()}
+    assert axes == dict.fromkeys(plan, 1) | {"mix": -1, "head": -1}
+    assert plan["up"].weight[1].channels == 3  # of one group
+    assert plan["up"].activation[1].channels == 8
+    assert plan["depthwise"].weight[1].channels == 16
+
+
+def test_a_plan_recorded_before_sites_had_an_axis_is_read(found):
+    record = plan_as_dict(QuantPolicy(4, 4).resolve(found))
+    for layer in record.values():
+        for half in layer.values():
+            del half["axis"]
+    assert plan_from_dict(record)["stem"] == QuantPolicy(4, 4).resolve(found)["stem"]
+
+
+@pytest.mark.parametrize(
+    ("options", "want"),
+    [
+        ({"first_last_bits": 32}, (32, 32)),
+        ({"first_last_weight_bits": 4}, (4, 8)),
+        ({"first_last_activation_bits": 32}, (8, 32)),
+        ({"first_last_bits": 2, "first_last_weight": QuantizerChoice("lsq")}, (2, 2)),
+    ],
+)
+def test_first_and_last_layer_have_widths_of_their_own(found, options, want):
+    plan = QuantPolicy(4, 4, **options).resolve(found)
+    assert widths(plan)["stem"] == widths(plan)["head"] == want
+    assert widths(plan)["body.conv1"] == (4, 4)
+
+
+def test_a_shortcut_whose_width_the_method_does_not_have_takes_that_of_the_edges(found):
+    binary = QuantizerChoice("xnor")
+    policy = QuantPolicy(1, 1, weight=binary, activation=QuantizerChoice("uniq"))
+    plan = policy.resolve(found)
+    assert widths(plan)["body.shortcut"] == (8, 8)
+    assert plan["body.shortcut"].weight[0].name == "range_linear"
+    assert plan["body.shortcut"].activation[0].name == "uniq"
+    assert plan["body.conv1"].weight[0] == binary
+
+
+def test_a_model_with_nothing_to_quantize_is_refused_and_says_what_it_has():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.LSTM(4, 3))
+    empty = probe(model, [torch.zeros(2, 3, dtype=torch.int64)])
+    with pytest.raises(ValueError, match=r"nothing to quantize.*0 \(Embedding.*1 \(LSTM"):
+        QuantPolicy(4, 4).resolve(empty)
+    with pytest.raises(ValueError, match="no weights"):
+        QuantPolicy(4, 4).resolve(probe(nn.ReLU(), [images()]))
+    assert QuantPolicy(32, 32).resolve(empty) == {}

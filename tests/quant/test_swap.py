@@ -67,7 +67,12 @@ def test_a_probe_without_batches_is_refused():
         (nn.Conv2d(4, 6, 3, groups=2, padding=1, padding_mode="circular"), (2, 4, 7, 7)),
         (nn.Conv2d(4, 4, 3, groups=4, stride=2, bias=False), (2, 4, 7, 7)),
         (nn.Conv3d(2, 3, 2), (2, 2, 4, 4, 4)),
+        (nn.ConvTranspose1d(4, 6, 3, dilation=2), (2, 4, 9)),
+        (nn.ConvTranspose2d(4, 6, 3, groups=2, stride=2, output_padding=1), (2, 4, 7, 7)),
+        (nn.ConvTranspose2d(4, 4, 3, groups=4, bias=False), (2, 4, 5, 5)),
+        (nn.ConvTranspose3d(2, 3, 2), (2, 2, 4, 4, 4)),
         (nn.Linear(5, 7), (2, 3, 5)),
+        (nn.Linear(5, 7), (2, 3, 2, 5)),
         (nn.Linear(5, 7, bias=False), (2, 5)),
     ],
     ids=lambda value: str(value)[:40],
@@ -209,8 +214,8 @@ def test_what_cannot_be_quantized_is_named_and_still_runs(caplog):
     with caplog.at_level(logging.INFO):
         quantize_model(model, QuantPolicy(4, 4), batches=[images()])
     calibrate(model, [images()])
-    assert set(quant_layers(model)) == {"stem", "head"}
-    for name in ("attention", "recurrent", "up", "unused", "attention.out_proj"):
+    assert set(quant_layers(model)) == {"stem", "up", "head"}
+    for name in ("attention", "recurrent", "unused", "attention.out_proj"):
         assert name in unquantized(model)
         assert name in caplog.text
     assert model(images()).shape == (4, 4)

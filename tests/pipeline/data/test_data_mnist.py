@@ -149,3 +149,31 @@ def test_labels_are_int64_and_images_uint8(tmp_path):
     bundle = mnist(root=write_set(tmp_path), download=False)
     assert bundle.train.labels.dtype == torch.int64
     assert bundle.train.images.dtype == torch.uint8
+
+
+def test_a_limit_takes_the_same_images_of_every_class_each_time(tmp_path):
+    write_set(tmp_path)
+    bundles = [mnist(root=tmp_path, limit=30, validation=10) for _ in range(2)]
+    for one, other in zip(
+        (bundles[0].train, bundles[0].validation),
+        (bundles[1].train, bundles[1].validation),
+        strict=True,
+    ):
+        assert torch.equal(one.images, other.images)
+    labels = torch.cat([bundles[0].train.labels, bundles[0].validation.labels])
+    assert labels.bincount().tolist() == [3] * 10
+    assert len(bundles[0].test) == 20
+
+
+def test_a_limit_changes_the_fingerprint(tmp_path):
+    write_set(tmp_path)
+    limited = mnist(root=tmp_path, limit=30)
+    assert limited.fingerprint == fingerprint("mnist", {"root": tmp_path, "limit": 30})
+    assert limited.fingerprint != mnist(root=tmp_path).fingerprint
+
+
+@pytest.mark.parametrize("limit", [0, 61])
+def test_a_limit_beyond_the_images_is_refused(tmp_path, limit):
+    write_set(tmp_path)
+    with pytest.raises(DataError, match=f"limit must be from 1 to 60 .* not {limit}"):
+        mnist(root=tmp_path, limit=limit)
