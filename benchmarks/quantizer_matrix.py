@@ -32,14 +32,19 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from admitted import Refusal, Row, admitted
+
+if TYPE_CHECKING:
+    from multiprocessing.synchronize import Event
+
+    from bitladder.pipeline.store import Store
 
 FP32, RUNG = "fp32", "rung"
 
@@ -147,15 +152,27 @@ def _rung(setting: Setting, bits: int, **more: Any) -> dict[str, Any]:
 # -- work ----------------------------------------------------------------------------------
 
 
-def prepare(out: str, threads: int, stop: Any) -> None:
+@dataclass(frozen=True)
+class Worker:
+    """What a worker process has for all its jobs."""
+
+    store: Store
+    threads: int
+    stop: Event
+
+
+worker: Worker  # of this process
+
+
+def prepare(out: str, threads: int, stop: Event) -> None:
     """What a worker process does once."""
-    global store, threads_of_worker, stopped
+    global worker
     import torch
     from bitladder.pipeline.store import Store
 
     logging.getLogger("bitladder").setLevel(logging.ERROR)
     torch.set_num_threads(threads)
-    store, threads_of_worker, stopped = Store(out), threads, stop
+    worker = Worker(Store(out), threads, stop)
 
 
 def work(job: Job) -> Outcome:
@@ -165,19 +182,19 @@ def work(job: Job) -> Outcome:
     from bitladder.pipeline.plan import make_plan
     from bitladder.pipeline.runner import open_ladder, run_ladder
 
-    if stopped.is_set():
+    if worker.stop.is_set():
         raise Interrupted(signal.SIGINT)
     began = time.monotonic()
     raw = config_of(job)
-    raw["runtime"]["threads"] = threads_of_worker
+    raw["runtime"]["threads"] = worker.threads
     try:
         config = parse_config(raw)
         try:
-            top1 = run_ladder(open_ladder(config, store))[-1].metrics["test_top1"]
+            top1 = run_ladder(open_ladder(config, worker.store))[-1].metrics["test_top1"]
         except (Interrupted, StageError):  # a stage notes its failure itself
             raise
         except Exception as error:
-            store.fail(make_plan(config).stages[-1].key, describe(error))
+            worker.store.fail(make_plan(config).stages[-1].key, describe(error))
             raise
     except Interrupted:
         raise
@@ -245,26 +262,33 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What the store holds of one job; `error` also says why nothing is there."""
+class Result:
+    """Test accuracies of a rung and of its FP32 network."""
 
-    job: Job
-    key: str
-    top1: float | None
-    fp32: float | None
+    top1: float
+    fp32: float
     images: int
     classes: int
     seconds: float
-    error: str
 
     @property
     def near_chance(self) -> bool:
         """Whether guessing gives as much: below 1 / classes and three standard deviations."""
         p = 1 / self.classes
-        return self.top1 is not None and self.top1 < p + 3 * math.sqrt(p * (1 - p) / self.images)
+        return self.top1 < p + 3 * math.sqrt(p * (1 - p) / self.images)
 
 
-def look_up(job: Job, store: Any) -> Measured:
+@dataclass(frozen=True)
+class Measured:
+    """What the store holds of one job: its result, or why there is none."""
+
+    job: Job
+    key: str
+    result: Result | None
+    error: str
+
+
+def look_up(job: Job, store: Store) -> Measured:
     """A job's result as the store has it."""
     from bitladder.pipeline.config_load import parse_config
     from bitladder.pipeline.errors import ConfigError
@@ -272,33 +296,30 @@ def look_up(job: Job, store: Any) -> Measured:
 
     try:
         fp32, rung = make_plan(parse_config(config_of(job))).stages
-    except ConfigError as error:
-        return Measured(job, "", None, None, 1, 10, 0.0, str(error))
+    except ConfigError as wrong:
+        return Measured(job, "", None, describe(wrong))
     above, record = store.read(fp32.key), store.read(rung.key)
     if above is None or record is None:
         state, error = store.state(rung.key)
-        return Measured(job, rung.key, None, None, 1, 10, 0.0, error or state)
-    metrics = record.metrics
-    return Measured(
-        job,
-        rung.key,
-        metrics["test_top1"],
-        above.metrics["test_top1"],
-        metrics["test_images"],
-        record.network["num_classes"],
-        metrics["seconds_here"],
-        "",
+        return Measured(job, rung.key, None, error or state)
+    result = Result(
+        top1=record.metrics["test_top1"],
+        fp32=above.metrics["test_top1"],
+        images=record.metrics["test_images"],
+        classes=record.network["num_classes"],
+        seconds=record.metrics["seconds_here"],
     )
+    return Measured(job, rung.key, result, "")
 
 
 def summary(row: Row, runs: Sequence[Measured]) -> dict[str, Any]:
     """One line of the table; accuracies in per cent, the drop in points with its 95 % interval."""
-    good = [run for run in runs if run.top1 is not None and run.fp32 is not None]
-    top1 = [100 * run.top1 for run in good]
-    drops = [100 * (run.fp32 - run.top1) for run in good]
+    good = [run.result for run in runs if run.result is not None]
+    top1 = [100 * result.top1 for result in good]
+    drops = [100 * (result.fp32 - result.top1) for result in good]
     errors = list(dict.fromkeys(run.error for run in runs if run.error))
     notes = [f"{len(runs) - len(good)} of {len(runs)}: {'; '.join(errors)}"] if errors else []
-    if lost := sum(run.near_chance for run in good):
+    if lost := sum(result.near_chance for result in good):
         notes.append(f"NEAR CHANCE in {lost} of {len(good)}")
     return {
         "quantizer": row.quantizer,
@@ -308,16 +329,16 @@ def summary(row: Row, runs: Sequence[Measured]) -> dict[str, Any]:
         "n": len(good),
         "top1": _number(statistics.mean, top1),
         "sd": _number(statistics.stdev, top1),
-        "fp32": _number(statistics.mean, [100 * run.fp32 for run in good]),
+        "fp32": _number(statistics.mean, [100 * result.fp32 for result in good]),
         "drop": _number(statistics.mean, drops),
         "drop_ci95": _half_width(drops),
         "worst": _number(min, top1),
-        "seconds": _number(statistics.mean, [run.seconds for run in good]),
-        "note": "; ".join(notes).replace("\n", " "),
+        "seconds": _number(statistics.mean, [result.seconds for result in good]),
+        "note": "; ".join(notes),
     }
 
 
-def _number(of: Any, values: Sequence[float]) -> str:
+def _number(of: Callable[[Sequence[float]], float], values: Sequence[float]) -> str:
     enough = len(values) > (1 if of is statistics.stdev else 0)
     return f"{of(values):.2f}" if enough else ""
 
@@ -361,21 +382,23 @@ def write_tables(
     return text
 
 
-def _facts(data: str, runs: Sequence[Measured], store: Any) -> str:
+def _facts(data: str, runs: Sequence[Measured], store: Store) -> str:
     """What the table below is of, in a sentence or two."""
     setting = SETTINGS[data]
-    done = [run for run in runs if run.top1 is not None]
-    records = [store.read(run.key) for run in done[:1]]
-    where = [f"{r.environment['device_name']}, torch {r.environment['torch']}" for r in records]
+    done = [run.result for run in runs if run.result is not None]
+    records = [store.read(run.key) for run in runs if run.result is not None]
+    machines = sorted(
+        {f"{r.environment['device_name']}, torch {r.environment['torch']}" for r in records if r}
+    )
     options = ", ".join(f"{k} {v}" for k, v in setting.model.items() if k != "name")
     epochs = ", ".join(f"{b} bits {n}" for b, n in setting.epochs.items())
-    chance = sum(run.near_chance for run in done)
+    chance = sum(result.near_chance for result in done)
     return (
         f"{setting.model['name']} ({options}); {'folds' if setting.folds else 'seeds'}: "
         f"{setting.repeats}; epochs: {epochs}; each rung from FP32, distilled by it. "
         f"{len(done)} of {len(runs)} networks done, {chance} near chance, "
-        f"{sum(run.seconds for run in done) / 3600:.2f} hours of one thread. "
-        f"Accuracies in %, drop in points with its 95 % t-interval. {' '.join(where)}"
+        f"{sum(result.seconds for result in done) / 3600:.2f} hours of one thread. "
+        f"Accuracies in %, drop in points with its 95 % t-interval. {'; '.join(machines)}"
     )
 
 
@@ -393,14 +416,12 @@ def _refused(refusals: Iterable[Refusal]) -> list[str]:
 
 def _single(data: str, run: Measured) -> dict[str, Any]:
     assert run.job.row is not None
+    found = asdict(run.result) if run.result else dict.fromkeys(Result.__dataclass_fields__)
     return {
         "data": data,
         "run": run.job.row.label,
         "index": run.job.index,
-        "top1": run.top1,
-        "fp32": run.fp32,
-        "images": run.images,
-        "seconds": run.seconds,
+        **found,
         "key": run.key,
         "error": run.error,
     }

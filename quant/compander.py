@@ -12,6 +12,7 @@ from .core import QTensor
 from .functional import TINY, look_up, stored_order, wide
 
 INTERVALS = 16
+ROWS = 16
 LEAST_SHARE = 1e-5  # of an interval's output, so that its inverse stays finite
 
 
@@ -153,17 +154,25 @@ class _Companded(torch.autograd.Function):
         # y - x cell by cell: sums of y and of x would cancel to a thousandth at 8 bits
         error = (value - wide_x).mul_(grad_x)
         size_grad = wide_grad * wide_x.sign() if signed else wide_grad
-        total, error = (_by_cell(part, cell, compander) for part in (size_grad, error))
+        total, error = _by_cell([size_grad, error], cell, compander)
         grad_clip = (total[INTERVALS].sum() + error[:INTERVALS].sum() / limit) * grad_scale
         grad_theta = _theta_gradient(compander, limit * total, error) * grad_scale
         return grad_x.to(x.dtype), grad_clip, grad_theta, None, None, None, None
 
 
-def _by_cell(values: Tensor, cell: Tensor, compander: Compander) -> Tensor:
-    """Sums over each cell, (17, top + 1)."""
-    flat = stored_order(values, cell)
-    sums = torch.bincount(stored_order(cell, cell), flat, minlength=compander.cells)
-    return sums[: compander.cells].view(INTERVALS + 1, compander.top + 1)
+def _by_cell(parts: list[Tensor], cell: Tensor, compander: Compander) -> list[Tensor]:
+    """Sums over each cell, (17, top + 1), of tensors in the shape of `cell`.
+
+    In rows, over which scatter_add_ shares its work between threads (bincount uses one).
+    """
+    rows = ROWS if cell.numel() % ROWS == 0 else 1
+    index = stored_order(cell, cell).view(rows, -1).long()
+    sums = []
+    for part in parts:
+        found = part.new_zeros(rows, compander.cells + 1)
+        found.scatter_add_(1, index, stored_order(part, cell).view(rows, -1))
+        sums.append(found.sum(0)[:-1].view(INTERVALS + 1, compander.top + 1))
+    return sums
 
 
 def _theta_gradient(compander: Compander, total: Tensor, error: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def look_up(table: Tensor, index: Tensor) -> Tensor:
     """
     values = torch.empty_like(index, dtype=table.dtype)
     stored = values.permute(_by_stride(index)).view(-1)
-    torch.index_select(table, 0, stored_order(index, index), out=stored)
+    torch.index_select(table.detach(), 0, stored_order(index, index), out=stored)
     return values
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .core import QTensor, Quantizer
 from .functional import wide
 from .layers import QuantLayer
-from .swap import quant_layers
+from .swap import weight_layers
 
 Aggregation = Literal["sum", "mean", "kernel_mean"]
 FreezeTo = Literal["mean", "last"]
@@ -71,16 +71,15 @@ def weight_dampening(model: nn.Module, *, aggregation: Aggregation = "sum") -> T
     A learned scale gets the loss's own gradient, without the method's gradient factor.
     """
     total = torch.zeros((), device=next(model.parameters()).device)
-    for layer in quant_layers(model).values():
-        quantizer = layer.weight_quantizer
-        if quantizer is not None:
-            weight = layer.weight
-            total = total + dampening(
-                quantizer.latent(weight),
-                quantizer.encode(weight),
-                scale=quantizer.learned_scale(weight, gradient=1.0),
-                aggregation=aggregation,
-            )
+    for layer in weight_layers(model).values():
+        quantizer, weight = layer.weight_quantizer, layer.weight
+        assert quantizer is not None
+        total = total + dampening(
+            quantizer.latent(weight),
+            quantizer.encode(weight),
+            scale=quantizer.learned_scale(weight, gradient=1.0),
+            aggregation=aggregation,
+        )
     return total
 
 
@@ -291,7 +290,7 @@ def followed_layers(model: nn.Module, *, max_bits: int) -> dict[str, tuple[Quant
     """The layers with weights of at most `max_bits`, and their weight quantizers, by name."""
     return {
         name: (layer, layer.weight_quantizer)
-        for name, layer in quant_layers(model).items()
+        for name, layer in weight_layers(model).items()
         if layer.weight_quantizer is not None and layer.weight_quantizer.bits <= max_bits
     }
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .core import Quantizer
-from .swap import quant_layers, quantizers
+from .swap import quantizers, weight_layers
 
 
 class Stepping:
@@ -20,7 +20,7 @@ class Stepping:
         self._annealed = [q for q in quantizers(model).values() if _defines(q, "at_progress")]
         self._mended = [
             (layer, layer.weight_quantizer)
-            for layer in quant_layers(model).values()
+            for layer in weight_layers(model).values()
             if layer.weight_quantizer is not None and _defines(layer.weight_quantizer, "after_step")
         ]
 
