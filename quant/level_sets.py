@@ -60,7 +60,8 @@ class LevelSetQuantizer(LearnedClipQuantizer):
     declares: frozenset[str] = frozenset({"nearest", "idempotent", "monotone"})
 
     levels: Tensor
-    cells: Tensor
+    cells: Tensor  # the code of each half unit
+    cell_levels: Tensor
 
     def __init__(
         self,
@@ -103,8 +104,6 @@ class LevelSetQuantizer(LearnedClipQuantizer):
         values = torch.cat([levels[codes.long()], not_a_number])
         self.register_buffer("cell_levels", values, persistent=False)
 
-    cell_levels: Tensor
-
     def rounded(self, x: Tensor) -> Tensor:
         """See `LearnedClipQuantizer.rounded`."""
         return _LevelSet.apply(x, self.clip, self, self.grad_factor(x))
@@ -117,7 +116,7 @@ class LevelSetQuantizer(LearnedClipQuantizer):
             self.limit() / self.unit,
             bits=self.bits,
             num_levels=len(self.levels),
-            zero_point=0.0 - self.levels[0].item() if self.uniform else 0.0,
+            zero_point=0.0 - self.low * self.unit if self.uniform else 0.0,
             codebook=None if self.uniform else self.levels.clone(),
         )
 

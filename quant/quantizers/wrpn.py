@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..core import QUANTIZERS, QTensor, Quantizer, Range, Site
 from ..functional import learned_step, round_to_level, to_codes, wide
-from ..initializers import StepInit, best_step, kept_step, rows_of, starting_steps, usable
+from ..initializers import StepInit, fitting_step, rows_of
 
 
 @QUANTIZERS.register("wrpn")
@@ -57,20 +57,17 @@ class WRPN(Quantizer):
         """Fits the range; see `Quantizer.calibrate`. The unit range stays as it is."""
         if self.unit_range:
             return
-        rows = rows_of(x, channel_axis=None)
-        grid = {"low": self.low, "high": self.high}
-        candidates = starting_steps(
-            rows,
+        step = fitting_step(
+            rows_of(x, channel_axis=None),
+            keep=keep,
             init=self.init,
+            low=self.low,
+            high=self.high,
             bits=self.bits,
             signed=self.signed,
             centered=self.site.target == "weight",
-            **grid,
         )
-        if keep is not None:
-            candidates = torch.cat([candidates, kept_step(keep, rows, **grid)[None]])
-        fits = torch.stack([usable(step, rows, **grid) for step in candidates])
-        self.scale.copy_(best_step(rows, fits, midrise=False, **grid)[0])
+        self.scale.copy_(step[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized values, in the dtype and memory format of `x`, with a gradient."""
