@@ -7,6 +7,7 @@ from typing import Any
 
 from ..models import MODELS, source_hash
 from ..quant.core import Site, Target
+from ..quant.policy import QuantizerChoice
 from ..quant.probing import KINDS
 from ..quant.quantizers import QUANTIZERS
 from ..quant.registry import unknown
@@ -77,8 +78,8 @@ def _check_rule(
         own: Component | None = getattr(rule, target)
         if own is not None:
             errors += _at((*at, target), _check_choice(target, bits or inner_bits, own))
-        elif bits is not None and inner_method.name in QUANTIZERS:
-            found = _check_width(target, bits, inner_method)
+        elif bits is not None and not _check_choice(target, 32, inner_method):
+            found = _check_choice(target, bits, inner_method)
             errors += _at((*at, f"{target}_bits"), found)
     return errors
 
@@ -114,13 +115,14 @@ def _check_width(
         return []
     # an activation after a ReLU is unsigned, another one signed; the probe tells layer by layer
     signs = [target == "weight", True] if signed is None else [signed]
-    method = QUANTIZERS[choice.name].factory
-    if target not in method.targets:
-        return [("", f"{choice.name} quantizes {' and '.join(sorted(method.targets))} only")]
+    chosen = QuantizerChoice(choice.name, choice.options)
+    if target not in QUANTIZERS[choice.name].factory.targets:
+        targets = " and ".join(sorted(QUANTIZERS[choice.name].factory.targets))
+        return [("", f"{choice.name} quantizes {targets} only")]
     errors: list[Mistake] = []
     for sign in signs:
         try:
-            method.check(Site(target, bits=bits, signed=sign, channels=1))
+            chosen.build(Site(target, bits=bits, signed=sign, channels=1))
         except ValueError as error:
             errors.append(("", str(error)))
         else:

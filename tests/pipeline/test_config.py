@@ -215,3 +215,32 @@ def test_a_method_for_signed_activations_alone_is_left_to_the_probe():
     wide = {"weight_bits": 2, "activation_bits": 2, "quantizer": methods | {"weight": "lsq"}}
     (error,) = errors_of(rungs(wide))
     assert error.startswith("ladder.1.quantizer.activation: reactnet")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "nope"}, "unknown quantizer 'nope'"),
+        ({"method": "lsq", "options": {"foo": 1}}, "unknown option of quantizer 'lsq' 'foo'"),
+        ({"method": "bwn"}, "bwn has 1 bit only, not 4"),
+    ],
+)
+def test_a_wrapped_method_is_checked_with_the_config(options, message):
+    quantizer = {"weight": {"name": "weight_norm", **options}, "activation": "lsq"}
+    (error,) = errors_of(rungs({"weight_bits": 4, "activation_bits": 4, "quantizer": quantizer}))
+    assert error.startswith("ladder.1.quantizer.weight")
+    assert message in error
+
+
+def test_options_that_contradict_each_other_are_found_with_the_config():
+    lsq = {"name": "lsq", "per_channel": True}
+    (error,) = errors_of(
+        rungs(
+            {
+                "weight_bits": 4,
+                "activation_bits": 4,
+                "quantizer": {"weight": lsq, "activation": lsq},
+            }
+        )
+    )
+    assert "an activation has one scale" in error
