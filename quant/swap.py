@@ -129,8 +129,17 @@ def weight_layers(model: nn.Module) -> dict[str, QuantLayer]:
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:
-    """The quantizers by name (`conv1.weight_quantizer`, `conv1.input_quantizer`), each once."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, Quantizer)}
+    """The quantizers by name (`conv1.weight_quantizer`, `conv1.input_quantizer`), each once.
+
+    Not those that stand inside another one, whose part they are.
+    """
+    found: dict[str, Quantizer] = {}
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer) and module not in inside:
+            found[name] = module
+            inside.update(module.modules())
+    return found
 
 
 def quantizer_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

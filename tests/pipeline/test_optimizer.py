@@ -11,15 +11,15 @@ from bitladder.pipeline.config import (
     TrainConfig,
 )
 from bitladder.pipeline.optimizer import OptimizerPair, build_optimizer, set_lr
-from bitladder.quant import QuantPolicy, calibrate, quantize_model
+from bitladder.quant import QuantizerChoice, QuantPolicy, calibrate, quantize_model
 from torch import nn
 
 
-def quantized() -> nn.Module:
+def quantized(weight: str = "lsq") -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     x = torch.randn(16, 4)
-    model = quantize_model(model, QuantPolicy(4, 4), batches=[x])
+    model = quantize_model(model, QuantPolicy(4, 4, QuantizerChoice(weight)), batches=[x])
     calibrate(model, [x])
     return model
 
@@ -41,8 +41,9 @@ def train_config(**own) -> TrainConfig:
     )
 
 
-def test_every_parameter_is_in_one_group():
-    model = quantized()
+@pytest.mark.parametrize("weight", ["lsq", "weight_norm"])
+def test_every_parameter_is_in_one_group(weight):
+    model = quantized(weight)
     optimizer = build_optimizer(model, model, train_config())
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
