@@ -393,11 +393,12 @@ def _facts(data: str, runs: Sequence[Measured], store: Store) -> str:
     options = ", ".join(f"{k} {v}" for k, v in setting.model.items() if k != "name")
     epochs = ", ".join(f"{b} bits {n}" for b, n in setting.epochs.items())
     chance = sum(result.near_chance for result in done)
+    repeats = len({run.job.index for run in runs})
     return (
         f"{setting.model['name']} ({options}); {'folds' if setting.folds else 'seeds'}: "
-        f"{setting.repeats}; epochs: {epochs}; each rung from FP32, distilled by it. "
+        f"{repeats}; epochs: {epochs}; each rung from FP32, distilled by it. "
         f"{len(done)} of {len(runs)} networks done, {chance} near chance, "
-        f"{sum(result.seconds for result in done) / 3600:.2f} hours of one thread. "
+        f"{sum(result.seconds for result in done) / 3600:.2f} process hours for their rungs. "
         f"Accuracies in %, drop in points with its 95 % t-interval. {'; '.join(machines)}"
     )
 

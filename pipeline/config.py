@@ -77,6 +77,11 @@ class RuleConfig(Section):
     def _says_for_which(self) -> RuleConfig:
         if self.match is None and self.kind is None:
             raise ValueError("give match, a glob of layer names ('*' for all), or kind, or both")
+        given = (self.weight_bits, self.activation_bits, self.weight, self.activation)
+        if all(value is None for value in given):
+            raise ValueError(
+                "sets nothing; give weight_bits, activation_bits, weight or activation"
+            )
         return self
 
 
@@ -131,6 +136,9 @@ class ParameterRuleConfig(Section):
 
     @model_validator(mode="after")
     def _one_of_each(self) -> ParameterRuleConfig:
+        given = (self.lr, self.lr_factor, self.weight_decay, self.weight_decay_factor)
+        if all(value is None for value in given):
+            raise ValueError("sets nothing; give a learning rate or a weight decay")
         return _absolute_or_factor(self)
 
 
@@ -141,7 +149,7 @@ class QuantizerParametersConfig(Section):
     lr: Positive | None = None
     lr_factor: Positive = 1.0
     weight_decay: NonNegative | None = None
-    weight_decay_factor: NonNegative = 0.0
+    weight_decay_factor: NonNegative | None = None  # null: the method's own, 1 for PACT, else 0
     rules: tuple[ParameterRuleConfig, ...] = Field(default=(), strict=False)  # the last one wins
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,11 @@ def _check_rule(
     errors = []
     if rule.kind is not None and rule.kind not in KINDS:
         errors += _at((*at, "kind"), [("", unknown("kind of layer", rule.kind, KINDS))])
-    for target, inner_bits, inner_method in inner:
+    for target, _, inner_method in inner:
         bits: int | None = getattr(rule, f"{target}_bits")
         own: Component | None = getattr(rule, target)
-        if own is not None:
-            errors += _at((*at, target), _check_choice(target, bits or inner_bits, own))
+        if own is not None:  # without a width, the layer's own counts, which the network decides
+            errors += _at((*at, target), _check_choice(target, bits or 32, own))
         elif bits is not None and not _check_choice(target, 32, inner_method):
             found = _check_choice(target, bits, inner_method)
             errors += _at((*at, f"{target}_bits"), found)
@@ -104,8 +105,19 @@ def _check_choice(
 ) -> list[Mistake]:
     if choice.name == "auto":
         return [(key, "'auto' takes no options; name a quantizer") for key in choice.options]
-    errors = check_options(QUANTIZERS, choice.name, choice.options)
+    errors = _check_method(choice.name, choice.options)
     return errors or _check_width(target, bits, choice, signed=signed)
+
+
+def _check_method(name: str, options: Mapping[str, Any]) -> list[Mistake]:
+    """Of a method, and of that which it wraps."""
+    if errors := check_options(QUANTIZERS, name, options):
+        return errors
+    inner = QUANTIZERS[name].factory.wraps(options)
+    if inner is None:
+        return []
+    found = _check_method(*inner)
+    return [(f"options.{key}" if key else "method", text) for key, text in found]
 
 
 def _check_width(

@@ -30,7 +30,7 @@ def describe_network(model: Mapping[str, Any], data: DataBundle) -> dict[str, An
 
 
 def build_network(network: Mapping[str, Any], *, seed: int) -> nn.Module:
-    """The FP32 network with fresh weights from a seed, channels last."""
+    """The FP32 network with fresh weights from a seed, in the memory format that suits."""
     model = build_model(
         network["name"],
         num_classes=network["num_classes"],
@@ -39,7 +39,21 @@ def build_network(network: Mapping[str, Any], *, seed: int) -> nn.Module:
         options=network["options"],
         seed=seed,
     )
-    return model.to(memory_format=torch.channels_last)
+    return model.to(memory_format=_memory_format(model))
+
+
+def _memory_format(model: nn.Module) -> torch.memory_format:
+    """Channels last, which trains faster, but for networks that it would kill.
+
+    The backward pass of a strided 1x1 convolution of fewer than 8 input channels writes beyond its
+    memory in that format (torch 2.15 on one CPU thread: "double free or corruption").
+    """
+    deadly = any(
+        module.kernel_size == (1, 1) and module.stride != (1, 1) and module.in_channels < 8
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d)
+    )
+    return torch.contiguous_format if deadly else torch.channels_last
 
 
 def load_network(store: Store, record: StageRecord, device: torch.device) -> nn.Module:

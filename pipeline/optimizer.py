@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from ..quant.swap import quantizer_parameters
+from ..quant.swap import quantizers
 from .config import OptimizerConfig, TrainConfig
 
 Group = dict[str, Any]
@@ -54,8 +54,12 @@ def build_optimizer(
 
     Each group holds its own base rate as "base_lr"; `set_lr` multiplies it.
     """
-    steps = quantizer_parameters(student)
-    is_step = {id(p) for _, p in steps}
+    steps = [
+        (f"{name}.{key}" if name else key, parameter, quantizer.decays)
+        for name, quantizer in quantizers(student).items()
+        for key, parameter in quantizer.named_parameters()
+    ]
+    is_step = {id(p) for _, p, _ in steps}
     others = [p for p in learner.parameters() if p.requires_grad and id(p) not in is_step]
     settings, own = train.optimizer, train.quantizer_parameters
     weights = [
@@ -83,21 +87,28 @@ def global_norm_clip(learner: nn.Module, limit: float) -> None:
     torch.nn.utils.clip_grad_norm_(learner.parameters(), limit)
 
 
-def _quantizer_groups(steps: list[tuple[str, nn.Parameter]], train: TrainConfig) -> list[Group]:
+def _quantizer_groups(
+    steps: list[tuple[str, nn.Parameter, bool]], train: TrainConfig
+) -> list[Group]:
     """A group for each pair of rate and decay that the settings and their rules give."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in steps:
-        groups.setdefault(_rates(name, train), []).append(parameter)
+    for name, parameter, decays in steps:
+        groups.setdefault(_rates(name, train, decays), []).append(parameter)
     return [_group(parameters, lr, decay) for (lr, decay), parameters in groups.items()]
 
 
-def _rates(name: str, train: TrainConfig) -> tuple[float, float]:
-    """Rate and decay of one quantizer parameter; the last rule that sets one wins."""
+def _rates(name: str, train: TrainConfig, decays: bool) -> tuple[float, float]:
+    """Rate and decay of one quantizer parameter; the last rule that sets one wins.
+
+    Args:
+        decays: whether its method needs the weights' decay where the settings say nothing.
+    """
     settings, own = train.optimizer, train.quantizer_parameters
     lr = own.lr or settings.lr * own.lr_factor
     decay = own.weight_decay
     if decay is None:
-        decay = settings.weight_decay * own.weight_decay_factor
+        factor = float(decays) if own.weight_decay_factor is None else own.weight_decay_factor
+        decay = settings.weight_decay * factor
     for rule in own.rules:
         if not fnmatchcase(name, rule.match):
             continue

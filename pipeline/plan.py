@@ -12,12 +12,12 @@ from typing import Any
 
 from ..models import source_hash
 from ..quant.quantizers import QUANTIZERS
-from .config import Component, RunConfig, StageConfig
+from .config import Component, PolicyConfig, RunConfig, StageConfig
 from .data import DATASETS
 from .data.fingerprint import fingerprint
 from .errors import ConfigError
 from .losses import LOSSES
-from .policy import choose_quantizer, policy_of
+from .policy import choose_quantizer, first_last_bits, policy_of
 from .spec import Plan, PlannedStage, StageSpec
 
 # Raised when the numbers that the training recipe gives change: batch order, schedules,
@@ -83,8 +83,7 @@ def _determining(stage: StageConfig, *, distilled: bool) -> dict[str, Any]:
     )
     if stage.full_precision or not used:
         values.pop("bin_regularization")
-    if stage.full_precision or not (stage.oscillation.dampens or stage.oscillation.tracks):
-        values.pop("oscillation")
+    values["oscillation"] = _oscillation(stage)
     if stage.full_precision:
         values.pop("quantizer")
         values.pop("policy")
@@ -95,7 +94,34 @@ def _determining(stage: StageConfig, *, distilled: bool) -> dict[str, Any]:
             "weight": _chosen(stage.quantizer.weight, stage.weight_bits),
             "activation": _chosen(stage.quantizer.activation, stage.activation_bits),
         }
+        values["policy"] = _policy(stage.policy)
+        if stage.train.quantizer_parameters.optimizer == stage.train.optimizer.name:
+            values["train"]["quantizer_parameters"]["optimizer"] = None
     return values
+
+
+def _policy(policy: PolicyConfig) -> dict[str, Any]:
+    """A policy with the widths and methods of first and last layer as they come out."""
+    edges = {
+        half: {"bits": bits, **_chosen(getattr(policy, f"first_last_{half}"), bits)}
+        for half, bits in first_last_bits(policy).items()
+    }
+    rest = policy.model_dump(mode="json", include={"shortcut", "rules"})
+    return {"first_last": edges, **rest}
+
+
+def _oscillation(stage: StageConfig) -> dict[str, Any]:
+    """What of oscillation control is on; tracking needs weights that are narrow enough."""
+    own, policy = stage.oscillation, stage.policy
+    if stage.full_precision:
+        return {}
+    widths: list[Any] = [stage.weight_bits, first_last_bits(policy)["weight"], policy.shortcut]
+    widths += [rule.weight_bits for rule in policy.rules]
+    tracks = own.tracks and any(isinstance(b, int) and b <= own.max_bits for b in widths)
+    used = {"max_bits", "momentum"} if tracks else set()
+    used |= {"freezing"} if tracks and own.freezes else set()
+    used |= {"dampening"} if own.dampens else set()
+    return own.model_dump(mode="json", include=used)
 
 
 def _chosen(choice: Component, bits: int) -> dict[str, Any]:

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from ..models import load_weights
-from ..quant.policy import Rule
-from ..quant.probing import Probe, probe
+from ..quant.probing import probe
 from .config import RunConfig, RuntimeConfig, StageConfig
 from .data import DATASETS, DataBundle
 from .data.listing import forget_listings
@@ -33,7 +32,7 @@ from .interruption import Interruption
 from .machine import choose_device, describe, keep_freed_memory
 from .network import build_network, describe_network
 from .plan import make_plan
-from .policy import policy_of
+from .policy_check import check_policies
 from .record import CHECKPOINT, METRICS, StageRecord
 from .spec import Plan, PlannedStage
 from .stages import STAGES, StageContext
@@ -140,32 +139,7 @@ def check_network(config: RunConfig) -> None:
                 f"({len(images)}, {data.num_classes})"
             ]
         )
-    _check_policies(config, probe(model, [images]))
-
-
-def _check_policies(config: RunConfig, facts: Probe) -> None:
-    """Refuses what no layer of the network can have, before the first rung is trained."""
-    errors = []
-    for index, stage in enumerate(config.ladder):
-        policy = policy_of(stage)
-        errors += [
-            f"ladder.{index}.policy.rules.{number}{_no_layer(policy.rules[number], facts)}"
-            for number in policy.unused_rules(facts)
-        ]
-        try:
-            policy.resolve(facts)
-        except ValueError as error:
-            errors.append(f"ladder.{index}: {error}")
-    if errors:
-        raise ConfigError(errors)
-
-
-def _no_layer(rule: Rule, facts: Probe) -> str:
-    if rule.kind is None:
-        return f".match: no layer is named {rule.match!r}; layers: {', '.join(facts.layers)}"
-    kinds = sorted(set().union(*(layer.kinds for layer in facts.layers.values())))
-    named = "" if rule.match == "*" else f" is named {rule.match!r} and"
-    return f".kind: no layer{named} is {rule.kind}; there are: {', '.join(kinds)}"
+    check_policies(config, probe(model, [images]))
 
 
 def run_stage(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None]) -> StageRecord:

@@ -36,21 +36,27 @@ def calibrate(
         keep: ranges of other quantizers by quantizer name (from `ranges`), each tried as a start.
 
     Raises:
-        ValueError: an input is to be quantized and there is no batch.
+        ValueError: an input is to be quantized and there is no batch, or a quantized layer did
+            not run: the model would go on with the layer in float.
     """
     keep = keep or {}
-    layers = quant_layers(model)
     for name, layer in weight_layers(model).items():
         assert layer.weight_quantizer is not None
         known = keep.get(_join(name, "weight_quantizer"))
         layer.weight_quantizer.calibrate(layer.weight.detach(), keep=known)
-    if all(layer.input_quantizer is None for layer in layers.values()):
+    inputs = iter(batches)
+    first = next(inputs, None)
+    layers = quant_layers(model)
+    if first is None and all(layer.input_quantizer is None for layer in layers.values()):
         return
-    samples = collect_samples(model, batches)
+    samples = collect_samples(model, [] if first is None else chain([first], inputs))
     for name, layer in layers.items():
+        if name not in samples:
+            raise ValueError(
+                f"layer {name!r} did not run on the calibration batches, or runs as the float "
+                "layer: the model must call it by its attribute, not by a reference kept elsewhere"
+            )
         if layer.input_quantizer is not None:
-            if name not in samples:
-                raise ValueError(f"layer {name!r} was not run by the calibration batches")
             known = keep.get(_join(name, "input_quantizer"))
             layer.input_quantizer.calibrate(samples[name], keep=known)
 
@@ -58,7 +64,8 @@ def calibrate(
 def collect_samples(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """A bounded sample of each quantized layer's unquantized input, float32, by layer name.
 
-    Positions are drawn with a fixed seed; smallest and largest value of every batch are in it.
+    Layers whose input stays in float have one as well: it tells that they ran. Positions are
+    drawn with a fixed seed; smallest and largest value of every batch are in it.
     """
     kept: dict[str, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
@@ -79,7 +86,6 @@ def collect_samples(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tenso
     hooks = [
         layer.register_forward_pre_hook(look(name), with_kwargs=True)
         for name, layer in layers.items()
-        if layer.input_quantizer is not None
     ]
     count = 0
     try:

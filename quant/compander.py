@@ -65,7 +65,8 @@ class Compander:
         high = steep * torch.arange(INTERVALS, device=u.device)
         offset = self.start * self.top - high + first
         steep = torch.cat([steep, steep.new_zeros(2)])
-        offset = torch.cat([offset, offset.new_tensor([self.cells - 1, self.cells])])
+        beyond, nowhere = (offset.new_full((1,), self.cells - n) for n in (1, 0))
+        offset = torch.cat([offset, beyond, nowhere])
         line = look_up(offset.float(), interval).addcmul_(look_up(steep.float(), interval), u)
         return line.round_().int()
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -105,11 +106,14 @@ class Quantizer(nn.Module, ABC):
     # of "nearest", "idempotent", "monotone": the laws that this method declares and is tested for;
     # an instance may declare fewer, where an option or a width breaks one
     declares: frozenset[str] = frozenset()
+    # whether its parameters need the weights' decay, as nothing else makes them smaller
+    decays: ClassVar[bool] = False
 
     def __init__(self, site: Site, *, per_channel: bool = False) -> None:
         super().__init__()
         if site.target not in self.targets:
-            raise ValueError(f"{type(self).__name__} quantizes {sorted(self.targets)} only")
+            named = " and ".join(sorted(self.targets))
+            raise ValueError(f"{type(self).__name__} quantizes {named} only; use lsq or uniq here")
         if site.bits not in WIDTHS:
             known = ", ".join(map(str, sorted(WIDTHS)))
             raise ValueError(f"no quantizer has {site.bits} bits; known widths: {known}")
@@ -122,10 +126,25 @@ class Quantizer(nn.Module, ABC):
         self.signed = site.signed
         self.channel_axis = site.channel_axis if per_channel else None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        """Ranges and scales move with the model, but stay float32 when it changes its dtype."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        return self
+
     @classmethod
     @abstractmethod
     def check(cls, site: Site) -> None:
         """Raises ValueError, naming the way out, where the method has no such width or target."""
+
+    @classmethod
+    def wraps(cls, options: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
+        """The method inside and its options, for a method that runs another one; else None."""
+        return None
 
     @abstractmethod
     def calibrate(self, x: Tensor, *, keep: Range | None = None) -> None:
@@ -168,6 +187,14 @@ class Quantizer(nn.Module, ABC):
             gradient: factor on the scale's gradient; None takes the method's own for `x`.
         """
         return None
+
+    @property
+    def encoding_constants(self) -> int:
+        """How many float32 numbers `encode` needs beside what its `QTensor` holds.
+
+        Learned thresholds or shifts: what a deployed network has to store as well.
+        """
+        return 0
 
     def at_progress(self, fraction: float) -> None:
         """Takes note of how far the stage is, 0 .. 1; called before each training step.

@@ -62,7 +62,7 @@ def look_up_by_place(x: Tensor, marks: Tensor, table: Tensor) -> tuple[Tensor, T
         The entries, in the shape and memory format of `x`; the places, (numel,), in the order in
         which `x` is stored, uint8 (int16 above 255).
     """
-    flat = stored_order(x, x).to(marks.dtype)
+    flat = stored_order(x, x).contiguous().to(marks.dtype)
     narrow = torch.uint8 if len(table) <= 256 else torch.int16
     entries = torch.empty_like(flat, dtype=table.dtype)
     places = torch.empty_like(flat, dtype=narrow)

@@ -45,14 +45,6 @@ def to_codes(level: Tensor, low: Bound, bits: int) -> Tensor:
     return (level - low).to(torch.uint8 if bits <= 8 else torch.int32)
 
 
-def code_of(u: Tensor, thresholds: Tensor) -> Tensor:
-    """How many of the sorted thresholds (L - 1,) lie strictly below each value; int32.
-
-    A value on a threshold takes the lower code.
-    """
-    return torch.bucketize(u, thresholds, out_int32=True)
-
-
 def learned_step(
     x: Tensor,
     scale: Tensor,

@@ -76,13 +76,19 @@ class QuantLayer(nn.Module):
         if self.weight_quantizer is not None:
             weight = turned(layer, self.weight_quantizer(self.weight))
         # The plain layers are called directly: functional_call costs as much as a small layer.
-        if type(layer) is nn.Linear:
+        if type(layer) is nn.Linear and not _hooked(layer):
             output = F.linear(x, weight, layer.bias)
-        elif type(layer) in CONVOLUTIONS:
+        elif type(layer) in CONVOLUTIONS and not _hooked(layer):
             output = layer._conv_forward(x, weight, layer.bias)
         else:
             output = functional_call(layer, {"weight": weight}, (x, *args), kwargs)
         return output
+
+
+def _hooked(layer: nn.Module) -> bool:
+    """Whether somebody hung hooks on the layer before it was swapped."""
+    before, after = layer._forward_pre_hooks, layer._forward_hooks
+    return bool(before or after or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def turned(layer: nn.Module, weight: Tensor) -> Tensor:

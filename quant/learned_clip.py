@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from .core import QTensor, Quantizer, Range, Site
 from .functional import straight_through, wide
 from .initializers import StepInit, kept_step, rows_of, starting_steps, usable
-from .weight_norm import WeightNorm, normalize, restored, scaled
+from .weight_norm import WeightNorm, normalize, normalized_range, restored, scaled
 
 ClipGradScale = Literal["none", "lsq"] | float
 
@@ -44,6 +45,8 @@ class LearnedClipQuantizer(Quantizer):
     ) -> None:
         """A clip of `unit` steps of the scale: the top level on a grid, 1 with a codebook."""
         super().__init__(site)
+        if not isinstance(grad_scale, str) and not 0 < grad_scale < math.inf:
+            raise ValueError(f"grad_scale is {grad_scale}; give a number above 0, 'none' or 'lsq'")
         self.unit = float(unit)
         # of the uniform grid of the same width, by which the clip starts and is counted
         self.top = 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
@@ -74,7 +77,8 @@ class LearnedClipQuantizer(Quantizer):
             x, deviation = normalize(x)
             if self.weight_norm == "restored":
                 self.spread.copy_(deviation)
-                keep = None if keep is None else (keep[0] / deviation, keep[1] / deviation)
+            # without restoring, the output has the scale of the normalized weights
+            keep = None if keep is None else normalized_range(keep, deviation)
         rows = rows_of(x, channel_axis=None)
         low, high = (-float(self.top) if self.signed else 0.0), float(self.top)
         steps = starting_steps(
@@ -100,7 +104,9 @@ class LearnedClipQuantizer(Quantizer):
             return self.rounded(z).to(x.dtype)
         if self.training:
             self.spread.copy_(deviation.detach())
-        return restored(self.rounded(z), deviation, self.encode(x)).to(x.dtype)
+        with torch.no_grad():
+            q = scaled(self.encoded(z), deviation)
+        return restored(self.rounded(z), deviation, q).to(x.dtype)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> QTensor:

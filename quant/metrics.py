@@ -50,9 +50,9 @@ def bit_operations(found: Probe, plan: Mapping[str, LayerPlan]) -> int:
 def ideal_bytes(model: nn.Module) -> int:
     """Bytes that the network needs: codes at their width, everything else in float32.
 
-    Counted are packed weights, scales, tensor zero points and codebooks, and every floating
-    parameter and buffer outside the quantizers, tied ones once. Integer buffers (batch counts)
-    are not needed to run it.
+    Counted are packed weights, scales, tensor zero points, codebooks, learned thresholds and
+    shifts of inputs, and every floating parameter and buffer outside the quantizers, tied ones
+    once. Integer buffers (batch counts) are not needed to run it.
     """
     total, packed = 0, set()
     for layer in weight_layers(model).values():
@@ -67,6 +67,7 @@ def ideal_bytes(model: nn.Module) -> int:
             shape[site.channel_axis] = site.channels
             nothing = torch.zeros(shape, device=layer.latent.device)
             total += _side_bytes(layer.input_quantizer.encode(nothing))
+            total += 4 * layer.input_quantizer.encoding_constants
     inside = {
         tensor
         for quantizer in quantizers(model).values()

@@ -246,7 +246,9 @@ class OscillationTracker(nn.Module):
     def holding(self) -> Iterator[None]:
         """Inside, the value of a frozen weight is scale * constant, for the gradient too.
 
-        It gets no gradient, and passes its own on to a learned scale alone. Values do not change.
+        Its gradient goes to a learned scale alone, but for methods whose statistics pass one on
+        (weight normalization, XNOR's scale): what these move, `update` puts back. Values do not
+        change.
         """
         frozen = self._split(self.frozen)
         hooks = [

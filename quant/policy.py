@@ -24,10 +24,8 @@ class QuantizerChoice:
     @property
     def methods(self) -> tuple[str, ...]:
         """The registered names that its numbers depend on: its own, and that which it wraps."""
-        inner = QUANTIZERS[self.name].options().get("method")
-        if inner is None:
-            return (self.name,)
-        return self.name, self.options.get("method", inner.default)
+        inner = QUANTIZERS[self.name].factory.wraps(self.options)
+        return (self.name, *(QuantizerChoice(*inner).methods if inner is not None else ()))
 
     def build(self, site: Site) -> Quantizer:
         """The quantizer for `site`.

@@ -59,7 +59,7 @@ class SignGradient:
         """The gradient of `x`, of shape and type of `grad`.
 
         Args:
-            grad: gradient of scale * sgn(x), over the scale; float32 or float64.
+            grad: gradient of the output, float32 or float64; the factor is applied to it.
             x: the latent values, of the same type.
             scale: broadcastable to `x`; None is 1.
         """

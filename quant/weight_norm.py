@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .core import QTensor
+from .core import QTensor, Range
 from .functional import straight_through, wide
 
 WeightNorm = Literal["restored", "normalized", "none"]
@@ -37,6 +37,12 @@ def normalize(weight: Tensor, *, detach: bool = False) -> tuple[Tensor, Tensor]:
     # chosen before the root, whose gradient at 0 would not be finite
     deviation = torch.where(spread, variance, 1.0).sqrt()
     return (x - torch.where(spread, mean, 0.0)) / deviation, deviation
+
+
+def normalized_range(keep: Range, deviation: Tensor) -> Range:
+    """The range of another quantizer of the weight, for its normalized form."""
+    low, high = (end.to(deviation.device) / deviation for end in keep)
+    return low, high
 
 
 def scaled(q: QTensor, deviation: Tensor) -> QTensor:

@@ -15,7 +15,7 @@ from ...quant.metrics import bit_operations, ideal_bytes, layer_report
 from ...quant.policy import plan_as_dict
 from ...quant.probing import Probe, probe
 from ...quant.swap import apply_plan, float_state_dict, layer_plan, unquantized
-from ..config import Component, StageConfig
+from ..config import BinRegularizationConfig, Component, OscillationConfig, StageConfig
 from ..data.split import Batch
 from ..errors import StageError
 from ..evaluate import evaluate
@@ -53,9 +53,14 @@ def train(context: StageContext) -> StageOutput:
     if "teacher" in context.parents:
         teacher = load_teacher(context.store, context.parents["teacher"], device)
     distill = stage.distill if teacher is not None else None
-    objective = Objective(stage.train, distill, stage.bin_regularization, stage.oscillation)
+    objective = Objective(stage.train, distill, BinRegularizationConfig(), OscillationConfig())
+    if not stage.full_precision:
+        objective = Objective(stage.train, distill, stage.bin_regularization, stage.oscillation)
     learner = Learner(student, objective)
     learner.to(device)
+    if stage.oscillation.freezes and learner.tracker is None and not stage.full_precision:
+        text = f"no weight has {stage.oscillation.max_bits} bits or fewer, so none is frozen"
+        context.around.notify(kind="message", text=text)
     if context.resume is not None:
         learner.load_state_dict(context.resume["learner"], strict=True)
     history = fit(

@@ -55,6 +55,11 @@ class LCQ(LearnedClipQuantizer):
         if site.bits > 8:
             raise ValueError(f"lcq goes up to 8 bits, not {site.bits}; use lsq")
 
+    @property
+    def encoding_constants(self) -> int:
+        """The thresholds of the sizes, where they are not midpoints."""
+        return 0 if self.ternary else self.top
+
     def rounded(self, x: Tensor) -> Tensor:
         """See `LearnedClipQuantizer.rounded`."""
         factor = self.grad_factor(x)

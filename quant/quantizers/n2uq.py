@@ -197,6 +197,11 @@ class N2UQ(Quantizer):
         factor = self.grad_factor(x) if gradient is None else gradient
         return straight_through(self.step(), self.scale2 * (self.even * factor))
 
+    @property
+    def encoding_constants(self) -> int:
+        """The thresholds of an activation."""
+        return self.intervals if self.site.target == "activation" else 0
+
     def step(self) -> Tensor:
         """The distance of two levels of an activation, without a gradient."""
         return self.bounded("scale2") * self.even

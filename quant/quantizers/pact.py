@@ -20,7 +20,7 @@ class PACT(LearnedClipQuantizer):
     """Unsigned activations to 2^b even levels between 0 and a clip learned from what it cuts off.
 
     One bit is 0 or the clip, with the threshold at half of it. The clip's gradient counts clipped
-    values alone, so only weight decay on the quantizer's parameters makes it smaller.
+    values alone, so only weight decay makes it smaller: by default that of the weights.
 
     Options:
         init: the start of the clip, as the step times the number of steps; see
@@ -31,6 +31,7 @@ class PACT(LearnedClipQuantizer):
     """
 
     targets = frozenset({"activation"})
+    decays = True
     declares: frozenset[str] = frozenset({"nearest", "idempotent", "monotone"})
 
     def __init__(self, site: Site, *, init: StepInit = "nmse") -> None:

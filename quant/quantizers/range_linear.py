@@ -60,6 +60,8 @@ class RangeLinear(Quantizer):
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}; it must be at least 0 and below 1")
         self.mode: Mode = mode
+        if mode == "symmetric":  # the outer level lies inside max|x|: each pass shrinks the range
+            self.declares = self.declares - {"idempotent"}
         self.decay = decay
         shape = (site.channels,) if per_channel else ()
         self.register_buffer("low", torch.full(shape, -1.0 if site.signed else 0.0))

@@ -47,6 +47,11 @@ class ReActNet(SignQuantizer):
         """x + bias for activations, `x` itself for weights; in float32."""
         return super().latent(x) if self.bias is None else x + self._bias_beside(x)
 
+    @property
+    def encoding_constants(self) -> int:
+        """The biases of an activation."""
+        return 0 if self.bias is None else self.bias.numel()
+
     def _bias_beside(self, x: Tensor) -> Tensor:
         """The bias with the dimensions of `x`, (1, C, 1, ...) or (1, ..., C)."""
         assert self.bias is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..core import QUANTIZERS, QTensor, Quantizer, Range, Site
 from ..registry import unknown
-from ..weight_norm import normalize, restored, scaled
+from ..weight_norm import normalize, normalized_range, restored, scaled
 
 
 @QUANTIZERS.register("weight_norm")
@@ -47,6 +48,11 @@ class WeightNormalized(Quantizer):
             if name not in entry.options():
                 raise ValueError(unknown(f"option of quantizer {method!r}", name, entry.options()))
         self.inner: Quantizer = entry.factory(site, **(options or {}))
+        if type(self.inner).after_step is not Quantizer.after_step:
+            raise ValueError(
+                f"{method} changes the stored weights, which are not the normalized ones; "
+                f"use {method} alone"
+            )
         self.channel_axis = self.inner.channel_axis
         self.restore = restore
         self.declares = self.inner.declares & type(self).declares
@@ -57,13 +63,18 @@ class WeightNormalized(Quantizer):
     def check(cls, site: Site) -> None:
         """The method inside decides, when it is built."""
 
+    @classmethod
+    def wraps(cls, options: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+        """The method inside and its options."""
+        return options.get("method", "lsq"), options.get("options") or {}
+
     @torch.no_grad()
     def calibrate(self, x: Tensor, *, keep: Range | None = None) -> None:
         """Calibrates the method inside on the normalized weights."""
         z, deviation = normalize(x)
         if self.restore:
             self.spread.copy_(deviation)
-            keep = None if keep is None else (keep[0] / deviation, keep[1] / deviation)
+        keep = None if keep is None else normalized_range(keep, deviation)
         self.inner.calibrate(z, keep=keep)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,7 +84,9 @@ class WeightNormalized(Quantizer):
             return self.inner(z).to(x.dtype)
         if self.training:
             self.spread.copy_(deviation.detach())
-        return restored(self.inner(z), deviation, self.encode(x)).to(x.dtype)
+        with torch.no_grad():
+            q = scaled(self.inner.encode(z), deviation)
+        return restored(self.inner(z), deviation, q).to(x.dtype)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> QTensor:

@@ -24,7 +24,7 @@ class XNOR(SignQuantizer):
         count_factor: multiply the weight's gradient by the weights of a filter, as the public
             code does. It makes weight decay weaker by as much; under SGD it is a learning rate.
         estimator: what stands for the gradient of the sign; "paper" is "clipped", for activations
-            without the bounds.
+            without the bounds. Of weights, clamped to -1 .. 1, "identity" is the same.
         delta: strength of "ewgs".
 
     Source: Rastegari et al., ECCV 2016, arXiv:1603.05279, as in jiecaoyu/XNOR-Net-PyTorch.

@@ -223,6 +223,8 @@ def test_a_method_for_signed_activations_alone_is_left_to_the_probe():
         ({"method": "nope"}, "unknown quantizer 'nope'"),
         ({"method": "lsq", "options": {"foo": 1}}, "unknown option of quantizer 'lsq' 'foo'"),
         ({"method": "bwn"}, "bwn has 1 bit only, not 4"),
+        ({"options": {"init": 5}}, "weight.options.init: input should be"),
+        ({"method": "weight_norm", "options": {"method": "lcq", "options": {"a": 1}}}, "'a'"),
     ],
 )
 def test_a_wrapped_method_is_checked_with_the_config(options, message):

@@ -229,3 +229,11 @@ def test_a_width_that_a_layer_cannot_have_is_refused_before_anything_is_written(
     assert "no layer is depthwise; there are: Conv2d, Linear, convolution" in str(caught.value)
     assert "ladder.1: layer 'conv1'" in str(caught.value)
     assert not (tmp_path / "artifacts").exists()
+
+
+def test_rates_for_a_parameter_that_no_rung_has_are_refused(tiny, store, run):
+    rules = {"rules": [{"match": "*.clpi", "lr": 0.1}]}
+    config = tiny(train={"epochs": 1, "quantizer_parameters": rules})
+    with pytest.raises(ConfigError, match=r"no rung has a quantizer parameter named '\*\.clpi'"):
+        run(config, store)
+    assert not list(store.stages.glob("*"))

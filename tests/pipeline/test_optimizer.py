@@ -15,11 +15,12 @@ from bitladder.quant import QuantizerChoice, QuantPolicy, calibrate, quantize_mo
 from torch import nn
 
 
-def quantized(weight: str = "lsq") -> nn.Module:
+def quantized(weight: str = "lsq", activation: str = "lsq") -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     x = torch.randn(16, 4)
-    model = quantize_model(model, QuantPolicy(4, 4, QuantizerChoice(weight)), batches=[x])
+    policy = QuantPolicy(4, 4, QuantizerChoice(weight), QuantizerChoice(activation))
+    model = quantize_model(model, policy, batches=[x])
     calibrate(model, [x])
     return model
 
@@ -55,6 +56,16 @@ def test_weights_decay_and_biases_and_steps_do_not():
     assert found["2.layer.weight"] == (0.1, 0.01)
     assert found["2.layer.bias"] == (0.1, 0.0)
     assert found["2.weight_quantizer.scale"] == (0.1, 0.0)
+
+
+def test_the_clip_of_pact_decays_unless_the_settings_say_otherwise():
+    model = quantized(activation="pact")
+    name = "2.input_quantizer.clip"
+    assert rates(build_optimizer(model, model, train_config()), model)[name] == (0.1, 0.01)
+    half = train_config(weight_decay_factor=0.5)
+    assert rates(build_optimizer(model, model, half), model)[name] == (0.1, 0.005)
+    none = train_config(weight_decay=0.0)
+    assert rates(build_optimizer(model, model, none), model)[name] == (0.1, 0.0)
 
 
 def test_a_rule_sets_the_rates_of_the_parameters_that_it_names():

@@ -13,6 +13,7 @@ from bitladder.pipeline.record import CHECKPOINT
 from bitladder.pipeline.runner import open_ladder, run_stage
 from bitladder.pipeline.schedule import annealed
 from bitladder.pipeline.store import Store
+from bitladder.pipeline.tensors import read_checkpoint
 from bitladder.quant import quant_layers
 from bitladder.quant.quantizers.lsq import LSQ
 from bitladder.quant.swap import quantizers
@@ -170,16 +171,23 @@ class StopAfter:
         return signal.SIGTERM if self.looks <= 0 else None
 
 
-@pytest.mark.parametrize("looks", [34, 41, 48, 56])
-def test_a_stopped_rung_resumes_to_the_same_bits_and_metrics(tiny, store, run, tmp_path, looks):
-    config = tiny(ladder=RUNGS, train=TRAIN, oscillation=FREEZE)
+# the second with its first oscillations, the others with frozen weights
+@pytest.mark.parametrize(("looks", "optimizer"), [(41, None), (56, None), (62, "adam")])
+def test_a_stopped_rung_resumes_to_the_same_bits_and_metrics(
+    tiny, store, run, tmp_path, looks, optimizer
+):
+    own = {"optimizer": optimizer, "lr": 1e-3} if optimizer else {}
+    config = tiny(ladder=RUNGS, train={**TRAIN, "quantizer_parameters": own}, oscillation=FREEZE)
     other = Store(tmp_path / "whole")
     whole = run(config, other)
     ladder = open_ladder(config, store)
     stop = StopAfter(looks)
     with pytest.raises(Interrupted):
         [run_stage(ladder, stage, stop) for stage in ladder.plan.stages]
-    assert list(store.stages.glob(f"*.part/{CHECKPOINT}"))
+    (left,) = store.stages.glob(f"*.part/{CHECKPOINT}")
+    state = read_checkpoint(left)
+    assert state["learner"]["tracker.frozen"].any() == (looks > 50)
+    assert ("parts" in state["optimizer"]) == (optimizer is not None)
     again = run(config, Store(store.root))
     assert [record.sha256 for record in again] == [record.sha256 for record in whole]
     timing = ("seconds", "images_per_second")

@@ -100,3 +100,20 @@ def test_the_method_that_a_wrapper_wraps_enters_the_key(tiny):
     wrapped = {"weight": {"name": "weight_norm", "method": "lcq"}, "activation": "lsq"}
     (_, stage) = make_plan(tiny(ladder=[RUNGS[0], {**RUNGS[1], "quantizer": wrapped}])).stages
     assert "quantizer lcq" in stage.spec.options["versions"]
+
+
+def test_oscillation_settings_without_effect_do_not_enter_a_key(tiny):
+    plain = keys(tiny(ladder=RUNGS[:2]))
+    assert keys(tiny(ladder=RUNGS[:2], oscillation={"dampening": {"aggregation": "sum"}})) == plain
+    tracked = {"track": True, "max_bits": 3}  # the rung has 4 bits
+    assert keys(tiny(ladder=RUNGS[:2], oscillation=tracked)) == plain
+    assert keys(tiny(ladder=RUNGS[:2], oscillation={"track": True}))[1] != plain[1]
+
+
+def test_first_and_last_layers_enter_a_key_as_they_come_out(tiny):
+    four = keys(tiny(ladder=RUNGS[:2], policy={"first_last_bits": 4}))
+    halves = {"first_last_weight_bits": 4, "first_last_activation_bits": 4}
+    assert keys(tiny(ladder=RUNGS[:2], policy=halves)) == four
+    named = {"first_last_bits": 4, "first_last_activation": "lsq"}  # what auto is there
+    assert keys(tiny(ladder=RUNGS[:2], policy=named)) == four
+    assert keys(tiny(ladder=RUNGS[:2])) != four

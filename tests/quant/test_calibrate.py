@@ -152,3 +152,26 @@ def test_calibrated_state_loads_strictly_with_every_method():
         other = apply_plan(residual(seed=2), layer_plan(model)).eval()
         other.load_state_dict(model.state_dict(), strict=True)
         assert torch.equal(other(images()), model(images()))
+
+
+class ByReference(nn.Module):
+    """Calls a layer by a reference of its own, which a swap does not reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.order = [self.first, self.second]
+
+    def forward(self, x):
+        for layer in self.order:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (4, 32)])
+def test_a_layer_that_would_run_in_float_is_named(bits):
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    policy = QuantPolicy(*bits, first_last_activation_bits=bits[1])
+    model = quantize_model(ByReference(), policy, inputs=x)
+    with pytest.raises(ValueError, match=r"'first' .* call it by its attribute"):
+        calibrate(model, [x])

@@ -319,8 +319,7 @@ def test_values_in_range_go_to_the_nearest_level(setup):
     assert (got <= distance + 1e-5 * levels.abs().max()).all()
 
 
-# the symmetric mode's outer level lies inside max|x|, so its range shrinks at each pass
-@those_that_declare("idempotent", [s for s in SETUPS if s.options.get("mode") != "symmetric"])
+@those_that_declare("idempotent")
 def test_a_second_pass_changes_nothing(setup):
     quantizer = calibrated(setup).eval()
     once = quantizer(sample(setup))
@@ -482,3 +481,12 @@ def test_one_bit_uniq_starts_at_the_mean_size_of_gaussian_weights():
     quantizer.calibrate(x)
     assert quantizer(x).abs().max().item() == pytest.approx(x.abs().mean().item(), rel=0.01)
     assert (quantizer(torch.zeros(1)) > 0).all()
+
+
+@pytest.mark.parametrize("name", sorted(QUANTIZERS))
+def test_ranges_stay_float32_when_the_model_changes_its_dtype(name):
+    setup = next(s for s in SETUPS if s.name == name)
+    quantizer = calibrated(setup).to(torch.bfloat16)
+    floating = [t for t in quantizer.state_dict().values() if t.is_floating_point()]
+    assert all(t.dtype == torch.float32 for t in floating)
+    assert quantizer(sample(setup).bfloat16()).dtype == torch.bfloat16

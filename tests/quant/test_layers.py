@@ -8,6 +8,7 @@ import pytest
 import torch
 from bitladder.quant import (
     QuantizerChoice,
+    QuantLayer,
     QuantPolicy,
     apply_plan,
     bake,
@@ -118,3 +119,13 @@ def test_code_around_a_layer_may_read_its_settings():
     linear = low_bit(nn.Linear(3, 2), signal(5, 3))
     assert (linear.in_features, linear.out_features) == (3, 2)
     assert linear.bias is linear.layer.bias
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(4, 3), nn.Conv1d(4, 3, 1)], ids=lambda m: type(m).__name__
+)
+def test_hooks_that_hung_on_a_layer_go_on_to_run(layer):
+    x = torch.ones(2, 4, *[5] * (layer.weight.dim() - 2))
+    plain = QuantLayer(layer, None, None)(x)
+    layer.register_forward_hook(lambda _, args, output: 2 * output)
+    assert torch.equal(QuantLayer(layer, None, None)(x), 2 * plain)

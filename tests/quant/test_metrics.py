@@ -126,3 +126,12 @@ def test_effectiveness_is_one_on_the_levels_and_zero_spread_evenly():
     assert effectiveness(spread, q.encode(spread)) == pytest.approx(0, abs=1e-3)
     tight = on_levels + 0.1 * (spread - on_levels)
     assert 0.98 < effectiveness(tight, q.encode(tight)) < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "signed", "numbers"),
+    [("bireal", 1, True, 0), ("reactnet", 1, True, 6), ("n2uq", 2, False, 3), ("lcq", 2, False, 3)],
+)
+def test_what_rounding_an_input_needs_is_counted(name, bits, signed, numbers):
+    quantizer = QUANTIZERS[name].factory(Site("activation", bits, signed, 6))
+    assert quantizer.encoding_constants == numbers

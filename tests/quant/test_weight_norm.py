@@ -146,3 +146,8 @@ def test_a_wrong_method_or_option_is_named():
         weight("weight_norm", method="lsg")
     with pytest.raises(ValueError, match="did you mean 'per_channel'"):
         weight("weight_norm", options={"per_chanel": True})
+
+
+def test_a_method_that_mends_the_stored_weights_is_not_wrapped():
+    with pytest.raises(ValueError, match="use xnor alone"):
+        QUANTIZERS["weight_norm"].factory(Site("weight", 1, True, 4), method="xnor")

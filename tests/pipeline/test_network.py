@@ -1,0 +1,37 @@
+"""Networks as stages build them."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from bitladder.pipeline.network import build_network
+
+NETWORK = {"name": "preact_resnet8", "num_classes": 10, "in_channels": 1, "image_size": 8}
+
+# in a process of its own: what it guards against ends the process
+TRAIN = """
+import torch
+from bitladder.pipeline.network import build_network
+torch.set_num_threads(1)
+network = {network!r}
+model = build_network(network, seed=0)
+for _ in range(20):
+    model(torch.randn(64, 1, 8, 8)).square().sum().backward()
+"""
+
+
+def network(width: int) -> dict:
+    return {**NETWORK, "options": {"width": width}}
+
+
+@pytest.mark.parametrize(("width", "last"), [(16, True), (4, False)])
+def test_a_network_is_channels_last_where_that_is_safe(width, last):
+    weight = build_network(network(width), seed=0).layer1[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) is last
+
+
+def test_a_very_narrow_network_trains_on_one_thread():
+    code = TRAIN.replace("{network!r}", repr(network(4)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
