@@ -12,7 +12,7 @@ from torch import nn
 from ...models import load_weights
 from ...quant.calibrate import calibrate, ranges, reestimate_batch_norm
 from ...quant.metrics import bit_operations, ideal_bytes, layer_report
-from ...quant.policy import plan_as_dict
+from ...quant.policy import QuantizerChoice, plan_as_dict
 from ...quant.probing import Probe, probe
 from ...quant.swap import apply_plan, float_state_dict, layer_plan, unquantized
 from ..config import BinRegularizationConfig, Component, OscillationConfig, StageConfig
@@ -184,7 +184,11 @@ def _finite(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _name(component: Component, bits: int) -> str | None:
-    return None if bits == 32 else choose_quantizer(component, bits).name
+    """The method of a half, and behind a colon that which it wraps."""
+    if bits == 32:
+        return None
+    chosen = choose_quantizer(component, bits)
+    return ":".join(QuantizerChoice(chosen.name, chosen.options).methods)
 
 
 def _levels(layers: list[dict[str, Any]], stage: StageConfig, name: str) -> dict[str, int | None]:
