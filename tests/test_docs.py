@@ -8,9 +8,10 @@ from bitladder import quant
 from bitladder.flows.__main__ import app
 from bitladder.flows.quantizer_pages import overview_row, quantizer_pages
 from bitladder.models import MODELS
-from bitladder.pipeline.config_load import parse_config, shipped_configs
+from bitladder.pipeline.config_load import load_config, parse_config, shipped_configs
 from bitladder.pipeline.data import DATASETS
 from bitladder.pipeline.losses import LOSSES
+from bitladder.pipeline.plan import make_plan
 from bitladder.pipeline.stages import STAGES
 from bitladder.pipeline.yaml_reader import read_yaml
 from bitladder.quant.catalogue import catalogue
@@ -92,3 +93,7 @@ def test_the_readme_s_imports_work():
     imports = [line for line in code.splitlines() if line.startswith("from bitladder")]
     assert imports
     exec("\n".join(imports), {})
+
+
+def test_the_output_in_the_readme_is_that_of_the_shipped_ladder():
+    assert f"\n{make_plan(load_config('digits')).run}\n" in README

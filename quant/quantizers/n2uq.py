@@ -20,7 +20,6 @@ from ..free_levels import (
     over_intervals,
 )
 from ..functional import (
-    TINY,
     from_stored_order,
     per_channel_view,
     round_through,
@@ -241,7 +240,7 @@ class _LearnedThresholds(torch.autograd.Function):
     """Counts the thresholds below; the gradient is that of the ramp.
 
     In interval i the ramp has the slope even / a_i. Everything that the parameters get follows
-    from two sums for each interval: of dL/dx, and of dL/dx * x.
+    from two sums for each place: of dL/dy, and of dL/dy * x.
     """
 
     @staticmethod
@@ -258,8 +257,7 @@ class _LearnedThresholds(torch.autograd.Function):
         table = by_place(quantizer.step() * codes)
         value, places = look_up_by_place(x, quantizer.marks(), table)
         y = value.to(x.dtype)
-        # the layer keeps y anyway; in half precision it is too coarse for the gradient of scale2
-        ctx.save_for_backward(x, places, y if y.dtype == value.dtype else value)
+        ctx.save_for_backward(x, places)
         ctx.lengths, ctx.ends = quantizer.lengths(), quantizer.ends()
         ctx.scales = quantizer.bounded("scale1"), quantizer.bounded("scale2")
         ctx.alive = a > SHORTEST if quantizer.dead_intervals == "stay" else None
@@ -268,25 +266,26 @@ class _LearnedThresholds(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, places, value = ctx.saved_tensors
+        x, places = ctx.saved_tensors
         scale1, scale2 = ctx.scales
         flat, grads = stored_order(x, x).to(scale1.dtype), stored_order(wide(grad), x)
-        values = stored_order(value, x)
         slope = ctx.even * scale2 * scale1 / ctx.lengths
         none = slope.new_zeros(1)
         table = torch.cat([none, slope.repeat_interleave(2), none, none])
         grad_x = torch.empty_like(flat)
         sums, moments = flat.new_zeros(2, ROWS, len(table))
-        grad_scale2 = flat.new_zeros(())
+        learns = any(ctx.needs_input_grad[1:])
         for part in chunks(flat):
-            gradient = table.index_select(0, places[part].int()).mul_(grads[part])
-            grad_x[part] = gradient
-            if any(ctx.needs_input_grad[1:]):
-                index = places[part].long()
-                add_by_place(sums, index, gradient)
-                add_by_place(moments, index, gradient.mul_(flat[part]))
-                grad_scale2 += (values[part] * grads[part]).sum()
-        total, moment = over_intervals(sums) / scale1, over_intervals(moments)
+            index, grads_here = places[part].long(), grads[part]
+            if learns:
+                add_by_place(sums, index, grads_here)
+                add_by_place(moments, index, grads_here * flat[part])
+            torch.mul(table.index_select(0, index), grads_here, out=grad_x[part])
+        total = over_intervals(sums) * slope / scale1
+        moment = over_intervals(moments) * slope
+        # a value is its code in steps, and the code follows from the place
+        steps = torch.arange(len(slope) + 1, device=flat.device).repeat_interleave(2)
+        grad_scale2 = (sums.sum(0)[:-1] * steps).sum() * ctx.even
         # an end moves with every interval before it
         after = total.flip(0).cumsum(0).flip(0) - total
         grad_a = -(moment - ctx.ends[:-1] * total) / ctx.lengths - after
@@ -296,7 +295,7 @@ class _LearnedThresholds(torch.autograd.Function):
             -total.sum(),
             grad_a,
             moment.sum() / scale1,
-            grad_scale2 / scale2.clamp_min(TINY),
+            grad_scale2,
         )
         scaled = (g * ctx.factor for g in gradients)
         return from_stored_order(grad_x, x).to(x.dtype), *scaled, None
