@@ -36,6 +36,7 @@ GradScale = Literal["numel", "none"]
 WeightGradient = Literal["plain", "over_scale"]
 
 SHORTEST = 1e-3  # interval, where the output range is 2
+SHORTEST_STEP = 1e-30  # of the output; the inverse of one that is smaller may be infinite
 LOWEST_SCALE = 1e-4  # of the calibrated scales
 SMALLEST = 1e-12  # stands for the mean size of weights that are all zero
 
@@ -128,7 +129,7 @@ class N2UQ(Quantizer):
         )[0]
         top = rows.amax()
         if 0 < top <= step / 2:  # all would be 0, and scale2 would get no gradient
-            step = top / self.intervals
+            step = (top / self.intervals).clamp_min(SHORTEST_STEP)
         self.start.zero_()
         self.a.fill_(self.even)
         self.scale1.copy_(self.even / step)
