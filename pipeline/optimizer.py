@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from ..quant.swap import quantizers
+from ..quant.swap import quantizer_parameters, quantizers
 from .config import OptimizerConfig, TrainConfig
 
 Group = dict[str, Any]
@@ -54,11 +54,8 @@ def build_optimizer(
 
     Each group holds its own base rate as "base_lr"; `set_lr` multiplies it.
     """
-    steps = [
-        (f"{name}.{key}" if name else key, parameter, quantizer.decays)
-        for name, quantizer in quantizers(student).items()
-        for key, parameter in quantizer.named_parameters()
-    ]
+    decaying = {id(p) for q in quantizers(student).values() if q.decays for p in q.parameters()}
+    steps = [(name, p, id(p) in decaying) for name, p in quantizer_parameters(student)]
     is_step = {id(p) for _, p, _ in steps}
     others = [p for p in learner.parameters() if p.requires_grad and id(p) not in is_step]
     settings, own = train.optimizer, train.quantizer_parameters
