@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .core import QTensor, Quantizer, Range, Site, Target
-from .functional import per_channel_view, wide
+from .functional import inside, per_channel_view, wide
 
 Estimator = Literal["paper", "identity", "clipped", "quadratic", "ede", "reste", "ewgs"]
 
@@ -65,7 +65,7 @@ class SignGradient:
         """
         match self.estimator:
             case "clipped":
-                return _within(grad, x, 1.0) if self.closed else _hardtanh(grad, x, 1.0)
+                return inside(grad, x, -1.0, 1.0) if self.closed else _hardtanh(grad, x, 1.0)
             case "quadratic":
                 return torch.rsub(x.abs().clamp_(max=1), 2, alpha=2).mul_(grad)
             case "ede":
@@ -83,12 +83,12 @@ class SignGradient:
         return slope.mul_(max(1 / t, 1.0) * t)
 
     def _reste(self, grad: Tensor, x: Tensor) -> Tensor:
-        grad = _within(grad, x, RESTE_CLIP)
+        grad = inside(grad, x, -RESTE_CLIP, RESTE_CLIP)
         o = 1 + (1 - math.cos(math.pi / 2 * self.progress)) * (RESTE_LAST_POWER - 1)
         if o == 1:
             return grad
         power = 1 / o - 1
-        near = _within(grad, x, RESTE_NEAR)
+        near = inside(grad, x, -RESTE_NEAR, RESTE_NEAR)
         # exp(log) is a single precision pow at half its cost
         size = x.abs().clamp_(RESTE_NEAR, RESTE_CLIP).log_().mul_(power).exp_()
         # the secant near zero is o times the derivative at the end of that interval
@@ -97,7 +97,8 @@ class SignGradient:
     def _ewgs(self, grad: Tensor, x: Tensor, scale: Tensor | None) -> Tensor:
         u = x.clamp(-1, 1) if scale is None else (x / scale).clamp_(-1, 1)
         distance = u.sub_(sign(x))  # in half steps: the levels lie 2 apart
-        return _within(torch.addcmul(grad, grad.abs(), distance, value=self.delta / 2), x, 1.0)
+        scaled = torch.addcmul(grad, grad.abs(), distance, value=self.delta / 2)
+        return inside(scaled, x, -1.0, 1.0)
 
 
 def sign(x: Tensor) -> Tensor:
@@ -229,11 +230,6 @@ class _Sign(torch.autograd.Function):
         grad_x = ctx.gradient.through(wide(grad), shifted, scale)
         grad_bias = grad_x.sum_to_size(bias.shape) if ctx.needs_input_grad[2] else None
         return grad_x.to(x.dtype), None, grad_bias, None
-
-
-def _within(grad: Tensor, x: Tensor, bound: float) -> Tensor:
-    """`grad` where abs(x) <= bound, else 0. hardtanh_backward alone would leave the bounds out."""
-    return _hardtanh(grad, x, bound * (1 + 2.0**-23))
 
 
 def _hardtanh(grad: Tensor, x: Tensor, bound: float) -> Tensor:
