@@ -4,22 +4,45 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .rprelu import RPReLU
 
-BlockKind = Literal["basic", "bottleneck"]
-ShortcutKind = Literal["conv", "pad"]
-ActivationKind = Literal["relu", "rprelu"]
+BlockKind = Literal["basic", "bottleneck", "bireal", "react"]
+ShortcutKind = Literal["conv", "pad", "pool"]
+ActivationKind = Literal["relu", "rprelu", "hardtanh"]
 MakeActivation = Callable[[int], nn.Module]  # from its number of channels
 
 DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)
-CONVOLUTIONS = {"basic": 2, "bottleneck": 3}  # per block
-EXPANSION = {"basic": 1, "bottleneck": 4}  # a block's output channels over its 3x3 channels
+
+
+@dataclass(frozen=True)
+class BlockFacts:
+    """What a kind of block has, and what it takes where an option is left open.
+
+    Attributes:
+        convolutions: on the path through it.
+        expansion: its output channels over its 3x3 channels.
+        activation, shortcut: those of its paper.
+    """
+
+    convolutions: int = 2
+    expansion: int = 1
+    activation: ActivationKind = "relu"
+    shortcut: ShortcutKind = "conv"
+
+
+BLOCK_FACTS: dict[BlockKind, BlockFacts] = {
+    "basic": BlockFacts(),
+    "bottleneck": BlockFacts(convolutions=3, expansion=4),
+    "bireal": BlockFacts(activation="hardtanh", shortcut="pool"),
+    "react": BlockFacts(activation="rprelu", shortcut="pool"),
+}
 
 
 def at_depth(network: Callable[..., nn.Module], depth: int) -> Callable[..., nn.Module]:
@@ -53,15 +76,19 @@ def activation_maker(kind: ActivationKind, clip: float | None) -> MakeActivation
     """What makes the activation behind a number of channels.
 
     Args:
-        kind: "relu", or "rprelu", whose output has both signs.
+        kind: "relu"; or "rprelu" or "hardtanh" (-1 .. 1), whose outputs have both signs.
         clip: largest value that a ReLU lets pass: 6 is ReLU6, 1 is ReLU1; None for no limit.
     """
-    if kind not in ("relu", "rprelu"):
-        raise ValueError(f"unknown activation {kind!r}; known: relu, rprelu")
-    if clip is None:
-        return RPReLU if kind == "rprelu" else lambda channels: nn.ReLU()
+    if kind not in get_args(ActivationKind):
+        raise ValueError(f"unknown activation {kind!r}; known: {_listed(ActivationKind)}")
+    if clip is not None and kind != "relu":
+        raise ValueError(f"activation_clip is for relu; {kind} has none, so leave it out")
     if kind == "rprelu":
-        raise ValueError("activation_clip is for relu; rprelu has none, so leave it out")
+        return RPReLU
+    if kind == "hardtanh":
+        return lambda channels: nn.Hardtanh()
+    if clip is None:
+        return lambda channels: nn.ReLU()
     if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 < clip < math.inf:
         raise ValueError(
             f"activation_clip must be a positive number, or null for none; got {clip!r}"
@@ -94,25 +121,48 @@ class PadShortcut(nn.Module):
 def shortcut_path(
     kind: ShortcutKind, in_channels: int, out_channels: int, stride: int
 ) -> nn.Module | None:
-    """The way around a block; None where the block keeps the shape and x itself is added."""
-    if kind not in ("conv", "pad"):
-        raise ValueError(f"unknown shortcut {kind!r}; known: conv, pad")
+    """The way around a block; None where the block keeps the shape and x itself is added.
+
+    Of "pool" the part with the weights; `pool_before` has the other.
+    """
+    if kind not in get_args(ShortcutKind):
+        raise ValueError(f"unknown shortcut {kind!r}; known: {_listed(ShortcutKind)}")
     if in_channels == out_channels and stride == 1:
         return None
     if kind == "pad":
         return PadShortcut(out_channels - in_channels, stride)
-    return conv(in_channels, out_channels, 1, stride)
+    return conv(in_channels, out_channels, 1, stride if kind == "conv" else 1)
 
 
-def blocks_per_stage(depth: int, block: BlockKind) -> int:
+def pool_before(kind: ShortcutKind, stride: int) -> nn.Module:
+    """Average pooling that takes over the stride of a "pool" shortcut; nothing for the others.
+
+    Source: He et al., Bag of Tricks, CVPR 2019, arXiv:1812.01187, ResNet-D; Bi-Real's downsampling.
+    """
+    if kind == "pool" and stride > 1:
+        return nn.AvgPool2d(stride, ceil_mode=True)  # rounded up, as a convolution does
+    return nn.Identity()
+
+
+def norm_after(shortcut: nn.Module | None) -> nn.Module:
+    """Batch norm for a shortcut that is a convolution; nothing for the others."""
+    return (
+        nn.BatchNorm2d(shortcut.out_channels) if isinstance(shortcut, nn.Conv2d) else nn.Identity()
+    )
+
+
+def blocks_per_stage(depth: int, block: BlockKind, known: Collection[BlockKind]) -> int:
     """Blocks in each of the three stages; stem and classifier are the other two layers.
 
+    Args:
+        known: the kinds of block that the network has.
+
     Raises:
-        ValueError: the depth is not 6n + 2 (basic) or 9n + 2 (bottleneck).
+        ValueError: no such block, or the depth is not 6n + 2 (9n + 2 with bottlenecks).
     """
-    if block not in CONVOLUTIONS:
-        raise ValueError(f"unknown block {block!r}; known: {', '.join(CONVOLUTIONS)}")
-    per_block = 3 * CONVOLUTIONS[block]  # layers that one block in each stage adds
+    if block not in known:
+        raise ValueError(f"unknown block {block!r}; known: {', '.join(known)}")
+    per_block = 3 * BLOCK_FACTS[block].convolutions  # layers that one block in each stage adds
     blocks, rest = divmod(depth - 2, per_block)
     if rest or blocks < 1:
         valid = ", ".join(str(d) for d in DEPTHS if (d - 2) % per_block == 0)
@@ -148,3 +198,7 @@ def initialise(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _listed(kinds: Any) -> str:
+    return ", ".join(get_args(kinds))

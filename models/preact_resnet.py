@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 from torch import Tensor, nn
 
+from .bireal import PreActBiReal
 from .blocks import (
+    BLOCK_FACTS,
     DEPTHS,
-    EXPANSION,
     ActivationKind,
     BlockKind,
     MakeActivation,
@@ -19,11 +21,14 @@ from .blocks import (
     check_structure,
     conv,
     initialise,
+    pool_before,
     residual_stages,
     shortcut_path,
     widened,
 )
 from .registry import MODELS
+
+PreActBlockKind = Literal["basic", "bottleneck", "bireal"]
 
 
 class PreActResNet(nn.Module):
@@ -37,15 +42,20 @@ class PreActResNet(nn.Module):
         num_classes: logits, K.
         in_channels: channels of the images, C.
         image_size: their height and width, at least 4; the weights do not depend on it.
-        block: two 3x3 convolutions, or 1x1, 3x3, 1x1 with four times the channels outside.
+        block: "basic", two 3x3 convolutions; "bottleneck", 1x1, 3x3, 1x1 with four times the
+            channels outside; "bireal", two 3x3 convolutions with a shortcut around each.
         width: channels of the first stage's 3x3 convolutions; the next stages double them.
         widen: factor on the channels of every layer (WRPN), to the nearest whole `width`.
-        activation: ReLU, or RPReLU, after which quantizers of inputs are signed.
+        activation: ReLU; RPReLU or Hardtanh, after which quantizers of inputs are signed; None
+            for the block's own: Hardtanh for bireal, else ReLU.
         activation_clip: largest value that a ReLU lets pass; None for no limit.
-        shortcut: where the shape changes, a 1x1 convolution, or zeros for the new channels.
+        shortcut: where the shape changes, "conv", a 1x1 convolution; "pool", average pooling and
+            a 1x1 convolution; "pad", zeros for the new channels; None for the block's own: pool
+            for bireal, else conv.
 
     Source: He et al., Identity Mappings in Deep Residual Networks, ECCV 2016, arXiv:1603.05027.
-        Differs from it in: the default shortcut is a convolution; theirs pads.
+        Differs from it in: the default shortcut is a convolution; theirs pads. Bi-Real blocks:
+        see `PreActBiReal`.
     """
 
     def __init__(
@@ -55,24 +65,26 @@ class PreActResNet(nn.Module):
         in_channels: int,
         image_size: int,
         *,
-        block: BlockKind = "basic",
+        block: PreActBlockKind = "basic",
         width: int = 16,
         widen: float = 1.0,
-        activation: ActivationKind = "relu",
+        activation: ActivationKind | None = None,
         activation_clip: float | None = None,
-        shortcut: ShortcutKind = "conv",
+        shortcut: ShortcutKind | None = None,
     ) -> None:
         super().__init__()
         check_structure(num_classes, in_channels, image_size, width)
         width = widened(width, widen)
-        make_activation = activation_maker(activation, activation_clip)
-        blocks, expansion = blocks_per_stage(depth, block), EXPANSION[block]
-        channels = 4 * width * expansion
-        unit = partial(BLOCKS[block], make_activation=make_activation, shortcut=shortcut)
+        blocks, facts = blocks_per_stage(depth, block, BLOCKS), BLOCK_FACTS[block]
+        make_activation = activation_maker(activation or facts.activation, activation_clip)
+        unit = partial(
+            BLOCKS[block], make_activation=make_activation, shortcut=shortcut or facts.shortcut
+        )
+        channels = 4 * width * facts.expansion
 
         self.conv1 = conv(in_channels, width, 3)
         self.layer1, self.layer2, self.layer3 = residual_stages(
-            unit, blocks=blocks, width=width, expansion=expansion
+            unit, blocks=blocks, width=width, expansion=facts.expansion
         )
         self.bn = nn.BatchNorm2d(channels)
         self.act = make_activation(channels)
@@ -104,12 +116,13 @@ class PreActBasic(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.act2 = make_activation(out_channels)
         self.conv2 = conv(out_channels, out_channels, 3)
+        self.shortcut_pool = pool_before(shortcut, stride)
         self.shortcut = shortcut_path(shortcut, in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, H / stride, W / stride)."""
         y = self.act1(self.bn1(x))
-        identity = x if self.shortcut is None else self.shortcut(y)
+        identity = x if self.shortcut is None else self.shortcut(self.shortcut_pool(y))
         y = self.conv1(y)
         return self.conv2(self.act2(self.bn2(y))) + identity
 
@@ -127,7 +140,7 @@ class PreActBottleneck(nn.Module):
         shortcut: ShortcutKind,
     ) -> None:
         super().__init__()
-        channels = out_channels // EXPANSION["bottleneck"]
+        channels = out_channels // BLOCK_FACTS["bottleneck"].expansion
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.act1 = make_activation(in_channels)
         self.conv1 = conv(in_channels, channels, 1)
@@ -137,18 +150,23 @@ class PreActBottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(channels)
         self.act3 = make_activation(channels)
         self.conv3 = conv(channels, out_channels, 1)
+        self.shortcut_pool = pool_before(shortcut, stride)
         self.shortcut = shortcut_path(shortcut, in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, H / stride, W / stride)."""
         y = self.act1(self.bn1(x))
-        identity = x if self.shortcut is None else self.shortcut(y)
+        identity = x if self.shortcut is None else self.shortcut(self.shortcut_pool(y))
         y = self.conv1(y)
         y = self.conv2(self.act2(self.bn2(y)))
         return self.conv3(self.act3(self.bn3(y))) + identity
 
 
-BLOCKS: dict[str, type[nn.Module]] = {"basic": PreActBasic, "bottleneck": PreActBottleneck}
+BLOCKS: dict[BlockKind, type[nn.Module]] = {
+    "basic": PreActBasic,
+    "bottleneck": PreActBottleneck,
+    "bireal": PreActBiReal,
+}
 
 for _depth in DEPTHS:
     MODELS.register(f"preact_resnet{_depth}")(at_depth(PreActResNet, _depth))

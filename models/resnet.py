@@ -6,9 +6,10 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from .bireal import PostActBiReal, ReAct
 from .blocks import (
+    BLOCK_FACTS,
     DEPTHS,
-    EXPANSION,
     ActivationKind,
     BlockKind,
     MakeActivation,
@@ -19,6 +20,8 @@ from .blocks import (
     check_structure,
     conv,
     initialise,
+    norm_after,
+    pool_before,
     residual_stages,
     shortcut_path,
     widened,
@@ -37,16 +40,21 @@ class CifarResNet(nn.Module):
         num_classes: logits, K.
         in_channels: channels of the images, C.
         image_size: their height and width, at least 4; the weights do not depend on it.
-        block: two 3x3 convolutions, or 1x1, 3x3, 1x1 with four times the channels outside.
+        block: "basic", two 3x3 convolutions; "bottleneck", 1x1, 3x3, 1x1 with four times the
+            channels outside; "bireal" and "react", two 3x3 convolutions with a shortcut around
+            each, and the activation before the convolution or after the sum.
         width: channels of the first stage's 3x3 convolutions; the next stages double them.
         widen: factor on the channels of every layer (WRPN), to the nearest whole `width`.
-        activation: ReLU, or RPReLU, after which quantizers of inputs are signed.
+        activation: ReLU; RPReLU or Hardtanh, after which quantizers of inputs are signed; None
+            for the block's own: Hardtanh for bireal, RPReLU for react, else ReLU.
         activation_clip: largest value that a ReLU lets pass; None for no limit.
-        shortcut: where the shape changes, a 1x1 convolution with batch norm, or zeros for the
-            new channels.
+        shortcut: where the shape changes, "conv", a 1x1 convolution with batch norm; "pool", the
+            same after average pooling; "pad", zeros for the new channels; None for the block's
+            own: pool for bireal and react, else conv.
 
     Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, arXiv:1512.03385.
         Differs from it in: the default shortcut is a convolution (their option B); theirs pads.
+        Other blocks: see `PostActBiReal` and `ReAct`.
     """
 
     def __init__(
@@ -59,24 +67,27 @@ class CifarResNet(nn.Module):
         block: BlockKind = "basic",
         width: int = 16,
         widen: float = 1.0,
-        activation: ActivationKind = "relu",
+        activation: ActivationKind | None = None,
         activation_clip: float | None = None,
-        shortcut: ShortcutKind = "conv",
+        shortcut: ShortcutKind | None = None,
     ) -> None:
         super().__init__()
         check_structure(num_classes, in_channels, image_size, width)
         width = widened(width, widen)
-        make_activation = activation_maker(activation, activation_clip)
-        blocks, expansion = blocks_per_stage(depth, block), EXPANSION[block]
-        unit = partial(BLOCKS[block], make_activation=make_activation, shortcut=shortcut)
+        blocks, facts = blocks_per_stage(depth, block, BLOCKS), BLOCK_FACTS[block]
+        make_activation = activation_maker(activation or facts.activation, activation_clip)
+        unit = partial(
+            BLOCKS[block], make_activation=make_activation, shortcut=shortcut or facts.shortcut
+        )
 
         self.conv1 = conv(in_channels, width, 3)
         self.bn1 = nn.BatchNorm2d(width)
-        self.act1 = make_activation(width)
+        # a Bi-Real block begins with the activation
+        self.act1 = nn.Identity() if block == "bireal" else make_activation(width)
         self.layer1, self.layer2, self.layer3 = residual_stages(
-            unit, blocks=blocks, width=width, expansion=expansion
+            unit, blocks=blocks, width=width, expansion=facts.expansion
         )
-        self.fc = nn.Linear(4 * width * expansion, num_classes)
+        self.fc = nn.Linear(4 * width * facts.expansion, num_classes)
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,13 +114,16 @@ class PostActBasic(nn.Module):
         self.act1 = make_activation(out_channels)
         self.conv2 = conv(out_channels, out_channels, 3)
         self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut_pool = pool_before(shortcut, stride)
         self.shortcut = shortcut_path(shortcut, in_channels, out_channels, stride)
         self.shortcut_bn = norm_after(self.shortcut)
         self.act2 = make_activation(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, H / stride, W / stride)."""
-        identity = x if self.shortcut is None else self.shortcut_bn(self.shortcut(x))
+        identity = x
+        if self.shortcut is not None:
+            identity = self.shortcut_bn(self.shortcut(self.shortcut_pool(x)))
         y = self.act1(self.bn1(self.conv1(x)))
         return self.act2(self.bn2(self.conv2(y)) + identity)
 
@@ -127,7 +141,7 @@ class PostActBottleneck(nn.Module):
         shortcut: ShortcutKind,
     ) -> None:
         super().__init__()
-        channels = out_channels // EXPANSION["bottleneck"]
+        channels = out_channels // BLOCK_FACTS["bottleneck"].expansion
         self.conv1 = conv(in_channels, channels, 1)
         self.bn1 = nn.BatchNorm2d(channels)
         self.act1 = make_activation(channels)
@@ -136,26 +150,27 @@ class PostActBottleneck(nn.Module):
         self.act2 = make_activation(channels)
         self.conv3 = conv(channels, out_channels, 1)
         self.bn3 = nn.BatchNorm2d(out_channels)
+        self.shortcut_pool = pool_before(shortcut, stride)
         self.shortcut = shortcut_path(shortcut, in_channels, out_channels, stride)
         self.shortcut_bn = norm_after(self.shortcut)
         self.act3 = make_activation(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, H / stride, W / stride)."""
-        identity = x if self.shortcut is None else self.shortcut_bn(self.shortcut(x))
+        identity = x
+        if self.shortcut is not None:
+            identity = self.shortcut_bn(self.shortcut(self.shortcut_pool(x)))
         y = self.act1(self.bn1(self.conv1(x)))
         y = self.act2(self.bn2(self.conv2(y)))
         return self.act3(self.bn3(self.conv3(y)) + identity)
 
 
-def norm_after(shortcut: nn.Module | None) -> nn.Module:
-    """Batch norm for a shortcut that is a convolution; nothing for the others."""
-    return (
-        nn.BatchNorm2d(shortcut.out_channels) if isinstance(shortcut, nn.Conv2d) else nn.Identity()
-    )
-
-
-BLOCKS: dict[str, type[nn.Module]] = {"basic": PostActBasic, "bottleneck": PostActBottleneck}
+BLOCKS: dict[BlockKind, type[nn.Module]] = {
+    "basic": PostActBasic,
+    "bottleneck": PostActBottleneck,
+    "bireal": PostActBiReal,
+    "react": ReAct,
+}
 
 for _depth in DEPTHS:  # torchvision has the names resnet18, resnet34, ...
     MODELS.register(f"cifar_resnet{_depth}")(at_depth(CifarResNet, _depth))

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 import torch
 from bitladder.models import MODELS, build_model
-from bitladder.models.blocks import DEPTHS
+from bitladder.models.blocks import DEPTHS, ActivationKind, ShortcutKind
 from torch import nn
 
 RESNETS = [f"{family}{depth}" for family in ("preact_resnet", "cifar_resnet") for depth in DEPTHS]
@@ -18,8 +18,9 @@ CLIPPED = ["preact_resnet8", "cifar_resnet8", "plane4", "tiny_convnet"]
 SHAPES = [
     (family, {"block": block, "shortcut": shortcut})
     for family in ("preact_resnet20", "cifar_resnet20")
-    for block in ("basic", "bottleneck")
-    for shortcut in ("conv", "pad")
+    for block in ("basic", "bottleneck", "bireal", "react")
+    for shortcut in ("conv", "pad", "pool")
+    if (family, block) != ("preact_resnet20", "react")
 ]
 
 
@@ -43,7 +44,7 @@ def calls(network: nn.Module, images: torch.Tensor) -> Counter[str]:
 
 
 def test_the_names_that_exist():
-    assert sorted(MODELS) == sorted([*RESNETS, *PLAIN, "tiny_convnet"])
+    assert sorted(MODELS) == sorted([*RESNETS, *PLAIN, "cifar_resnet18", "tiny_convnet"])
 
 
 @pytest.mark.parametrize("name", [*MODELS])
@@ -70,7 +71,11 @@ def test_options_are_typed_and_the_depth_is_not_one_of_them(name):
     options = MODELS[name].options()
     width = {"width", "widen"}
     assert options.keys() == {"block", "activation", "activation_clip", "shortcut"} | width
-    assert get_args(options["block"].annotation) == ("basic", "bottleneck")
+    blocks = ("basic", "bottleneck", "bireal", "react")
+    expected = blocks[:3] if name.startswith("preact") else blocks
+    assert get_args(options["block"].annotation) == expected
+    assert options["activation"].annotation == (ActivationKind | None)
+    assert options["shortcut"].annotation == (ShortcutKind | None)
     assert options["activation_clip"].annotation == (float | None)
 
 

@@ -120,5 +120,7 @@ def test_a_clip_of_it_is_refused(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_unknown_activation_lists_the_known_ones(name):
-    with pytest.raises(ValueError, match="unknown activation 'gelu'; known: relu, rprelu"):
+    with pytest.raises(
+        ValueError, match="unknown activation 'gelu'; known: relu, rprelu, hardtanh"
+    ):
         build(name, activation="gelu")

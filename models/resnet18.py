@@ -1,0 +1,81 @@
+"""ResNet-18 for small images: the ImageNet network with a 3x3 stem and no first pooling."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .blocks import (
+    ActivationKind,
+    ShortcutKind,
+    activation_maker,
+    check_structure,
+    conv,
+    initialise,
+    widened,
+)
+from .registry import MODELS
+from .resnet import PostActBasic
+
+STAGES = ((1, 1), (2, 2), (4, 2), (8, 2))  # of each stage: factor on the channels, stride
+BLOCKS_A_STAGE = 2
+
+
+@MODELS.register("cifar_resnet18")
+class CifarResNet18(nn.Module):
+    """ResNet-18 as CIFAR-10 repositories have it: 3x3 stem, four stages, 11.2 million weights.
+
+    Args:
+        num_classes: logits, K.
+        in_channels: channels of the images, C.
+        image_size: their height and width, at least 4; the weights do not depend on it.
+        width: channels of the first stage; the next stages double them.
+        widen: factor on the channels of every layer (WRPN), to the nearest whole `width`.
+        activation: ReLU, or RPReLU, after which quantizers of inputs are signed.
+        activation_clip: largest value that a ReLU lets pass; None for no limit.
+        shortcut: where the shape changes, a 1x1 convolution with batch norm, or zeros for the
+            new channels.
+
+    Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, arXiv:1512.03385,
+        table 1. Differs from it in: the stem, a 3x3 convolution at stride 1 without pooling.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int,
+        image_size: int,
+        *,
+        width: int = 64,
+        widen: float = 1.0,
+        activation: ActivationKind = "relu",
+        activation_clip: float | None = None,
+        shortcut: ShortcutKind = "conv",
+    ) -> None:
+        super().__init__()
+        check_structure(num_classes, in_channels, image_size, width)
+        channels = width = widened(width, widen)
+        make_activation = activation_maker(activation, activation_clip)
+        self.conv1 = conv(in_channels, width, 3)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.act1 = make_activation(width)
+        self.stages = nn.Sequential()
+        for number, (factor, stride) in enumerate(STAGES, start=1):
+            blocks = []
+            for index in range(BLOCKS_A_STAGE):
+                block = PostActBasic(
+                    channels,
+                    factor * width,
+                    1 if index else stride,
+                    make_activation=make_activation,
+                    shortcut=shortcut,
+                )
+                blocks.append(block)
+                channels = factor * width
+            self.stages.add_module(f"layer{number}", nn.Sequential(*blocks))
+        self.fc = nn.Linear(channels, num_classes)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, K)."""
+        x = self.stages(self.act1(self.bn1(self.conv1(x))))
+        return self.fc(x.mean((2, 3)))
