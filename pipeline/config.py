@@ -7,7 +7,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+
+from .config_distill import DistillConfig
+from .config_section import Component, Fraction, NonNegative, Positive, Section, is_set
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
 
@@ -19,33 +31,6 @@ def _known_width(bits: int) -> int:
 
 
 Width = Annotated[int, AfterValidator(_known_width)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """A part of the config: unknown keys are errors, values are not coerced, nothing changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-def _is_set(section: Section, field: str) -> bool:
-    """Whether a value differs from its default; a stored config spells every default out."""
-    return bool(getattr(section, field) != type(section).model_fields[field].default)
-
-
-class Component(BaseModel):
-    """A named part and its options; the part's own signature says which options it takes."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
-
-    name: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the YAML says beyond the fields that every part of this kind has."""
-        return dict(self.model_extra or {})
 
 
 class DataConfig(Component):
@@ -61,6 +46,10 @@ class ModelConfig(Component):
     name: str = "preact_resnet8"
     weights: str | None = None  # an FP32 state dict that the ladder starts from
     key_map: Literal["none", "pytorchcv"] | dict[str, str] = "none"
+
+    def same_network(self, other: ModelConfig) -> bool:
+        """Whether the weights of one fit the other: the same name with the same options."""
+        return self.name == other.name and self.options == other.options
 
 
 class RuleConfig(Section):
@@ -120,7 +109,7 @@ class OptimizerConfig(Section):
     @model_validator(mode="after")
     def _only_its_own(self) -> OptimizerConfig:
         foreign = ("betas",) if self.name == "sgd" else ("momentum", "nesterov")
-        if wrong := [field for field in foreign if _is_set(self, field)]:
+        if wrong := [field for field in foreign if is_set(self, field)]:
             raise ValueError(f"{self.name} has no {' and no '.join(wrong)}")
         return self
 
@@ -162,7 +151,7 @@ RatesT = TypeVar("RatesT", ParameterRuleConfig, QuantizerParametersConfig)
 
 def _absolute_or_factor(rates: RatesT) -> RatesT:
     for absolute, factor in (("lr", "lr_factor"), ("weight_decay", "weight_decay_factor")):
-        if getattr(rates, absolute) is not None and _is_set(rates, factor):
+        if getattr(rates, absolute) is not None and is_set(rates, factor):
             raise ValueError(f"give {absolute} or {factor}, not both")
     return rates
 
@@ -177,6 +166,25 @@ class ScheduleConfig(Section):
     gamma: Positive = 0.1  # step only
 
 
+class AveragingConfig(Section):
+    """Which weights a stage ends with: the last ones, or a running average of them.
+
+    Validation after each epoch is of the running weights, the stage's own result of the average.
+    """
+
+    name: Literal["none", "ema", "tail"] = "none"  # tail: the mean of every step since `start`
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999  # EMA only: a step
+    start: Fraction = 0.75  # tail only: fraction of the stage
+
+    @model_validator(mode="after")
+    def _only_its_own(self) -> AveragingConfig:
+        own = {"ema": ("decay",), "tail": ("start",), "none": ()}[self.name]
+        wrong = [f for f in ("decay", "start") if f not in own and is_set(self, f)]
+        if wrong:
+            raise ValueError(f"{self.name} has no {' and no '.join(wrong)}")
+        return self
+
+
 class TrainConfig(Section):
     """How a stage is trained."""
 
@@ -184,26 +192,21 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     quantizer_parameters: QuantizerParametersConfig = QuantizerParametersConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    averaging: AveragingConfig = AveragingConfig()
     clip_grad_norm: Positive | None = None
     label_smoothing: Fraction = 0.0
     augment: bool = True
     calibration_batches: PositiveInt = 8
     batch_norm_batches: Annotated[int, Field(ge=0)] = 50  # re-estimation; 0 switches it off
 
-
-class DistillConfig(BaseModel):
-    """The teacher and the loss that follows it; further keys are options of the loss."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
-
-    teacher: Literal["previous", "fp32", "none"] = "previous"
-    loss: str = "kl"
-    weight: Fraction = 0.5  # of the soft loss; the labels' cross-entropy gets the rest
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Options of the loss."""
-        return dict(self.model_extra or {})
+    @model_validator(mode="after")
+    def _averages_with_statistics(self) -> TrainConfig:
+        if self.averaging.name != "none" and self.batch_norm_batches == 0:
+            raise ValueError(
+                f"averaging: {self.averaging.name} gives weights that batch norm has no statistics "
+                "of; give batch_norm_batches, such as 50 (without batch norm it costs nothing)"
+            )
+        return self
 
 
 class BinRegularizationConfig(Section):
@@ -279,7 +282,8 @@ class StageConfig(Section):
     name: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$")] = ""
     weight_bits: Width
     activation_bits: Width
-    init: Literal["previous", "fp32", "scratch"] = "previous"
+    init: str = "previous"  # previous, fp32, scratch, or the name of a rung above
+    model: ModelConfig | None = None  # None: the ladder's own
     quantizer: QuantizerConfig = QuantizerConfig()
     policy: PolicyConfig = PolicyConfig()
     train: TrainConfig = TrainConfig()
@@ -291,6 +295,49 @@ class StageConfig(Section):
     def full_precision(self) -> bool:
         """Whether nothing is quantized."""
         return self.weight_bits == 32 and self.activation_bits == 32
+
+
+class AutoConfig(Section):
+    """Where `ladder: auto` goes and what it may lose: validation top-1, as fractions."""
+
+    weight_bits: Width  # the target; one of both may be 16 or 32 and then stays so
+    activation_bits: Width
+    budget: Fraction  # in all, against FP32
+    step_budget: Fraction | None = None  # of a rung against the one above; null: half the budget
+    insertions: Annotated[int, Field(ge=0, le=16)] = 4  # of rungs in between, in all
+    # settings of the rungs by name: w1a1, or a glob such as w1*; the last that fits wins
+    rungs: dict[str, StageConfig] = Field(default={})
+
+    @field_serializer("rungs")
+    def _settings(self, rungs: dict[str, StageConfig]) -> dict[str, Any]:
+        given = {"name", "weight_bits", "activation_bits", "init", "model"}  # by the ladder
+        return {name: rung.model_dump(mode="json", exclude=given) for name, rung in rungs.items()}
+
+    @field_validator("budget", "step_budget", mode="before")
+    @classmethod
+    def _no_points(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and value > 1:
+            raise ValueError(f"a fraction is wanted: {value / 100:g} is {value:g} points")
+        return value
+
+    @field_validator("activation_bits")
+    @classmethod
+    def _goes_down(cls, bits: int, info: ValidationInfo) -> int:
+        if bits > 8 and info.data.get("weight_bits", 1) > 8:
+            raise ValueError("the target is wider than 8 bits in both, so no rung goes down")
+        return bits
+
+    @field_validator("step_budget")
+    @classmethod
+    def _within_budget(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and value > info.data.get("budget", 1.0):
+            raise ValueError(f"a step may not lose more than the budget, {info.data['budget']}")
+        return value
+
+    @property
+    def step(self) -> float:
+        """What a rung may lose against the one that it starts from."""
+        return self.budget / 2 if self.step_budget is None else self.step_budget
 
 
 class RuntimeConfig(Section):
@@ -310,4 +357,13 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     runtime: RuntimeConfig = RuntimeConfig()
-    ladder: tuple[StageConfig, ...] = Field(strict=False)
+    ladder: tuple[StageConfig, ...] = Field(strict=False)  # with `auto`: those known so far
+    auto: AutoConfig | None = None
+
+    @field_serializer("ladder", mode="wrap")
+    def _as_written(self, ladder: Any, plain: SerializerFunctionWrapHandler) -> Any:
+        return "auto" if self.auto is not None else plain(ladder)
+
+    def model_of(self, stage: StageConfig) -> ModelConfig:
+        """A rung's network: its own, or the ladder's."""
+        return stage.model or self.model

@@ -12,10 +12,12 @@ from ..quant.policy import QuantizerChoice
 from ..quant.probing import KINDS
 from ..quant.quantizers import QUANTIZERS
 from ..quant.registry import unknown
-from .config import Component, RuleConfig, RunConfig, StageConfig
+from .config import ModelConfig, RuleConfig, RunConfig, StageConfig
 from .config_options import Mistake, check_options
+from .config_section import Component
 from .data import DATASETS
-from .losses import LOSSES
+from .distill_check import distill_mistakes
+from .parents import parent_mistakes, parents_of
 from .policy import first_last_bits
 from .yaml_reader import path_text
 
@@ -23,35 +25,48 @@ from .yaml_reader import path_text
 def check_parts(run: RunConfig) -> list[str]:
     """Every mistake that can be seen without touching data, as `path: message` lines."""
     errors = _at(("data",), check_options(DATASETS, run.data.name, run.data.options))
-    errors += _check_model(run)
+    errors += _check_model(run.model, ("model",))
     for index, stage in enumerate(run.ladder):
         where = ("ladder", index)
         errors += _check_quantizers(stage, where)
-        errors += _check_parents(run, index, stage, where)
-        if stage.distill.teacher != "none":
-            found = _check_loss(stage)
-            errors += _at((*where, "distill"), found)
+        if stage.model is not None:
+            errors += _check_model(stage.model, (*where, "model"))
+        errors += _check_import(run, index, where)
+        errors += _at(where, parent_mistakes(run, index))
+        errors += _at(where, distill_mistakes(run, index))
     return errors
 
 
-def _check_model(run: RunConfig) -> list[str]:
-    errors = []
-    if run.model.name in MODELS:
-        errors += _at(("model",), check_options(MODELS, run.model.name, run.model.options))
+def _check_model(model: ModelConfig, where: tuple[Any, ...]) -> list[str]:
+    mistakes: list[Mistake] = []
+    if model.name in MODELS:
+        mistakes += check_options(MODELS, model.name, model.options)
     else:
         try:  # torchvision's names and `package.module:factory`
-            source_hash(run.model.name)
+            source_hash(model.name)
         except (ValueError, OSError) as error:
-            errors.append(f"model: {error}")
-    if run.model.weights is not None and not Path(run.model.weights).is_file():
-        errors.append(f"model.weights: no such file: {run.model.weights}")
-    first = run.ladder[0] if run.ladder else None
-    if first and first.train.epochs == 0 and first.full_precision and run.model.weights is None:
-        errors.append(
-            "ladder.0.epochs: 0 imports a trained network, and model.weights names none; "
-            "give model.weights: FILE, or train for some epochs"
-        )
-    return errors
+            mistakes.append(("", str(error)))
+    if model.weights is not None and not Path(model.weights).is_file():
+        mistakes.append(("weights", f"no such file: {model.weights}"))
+    return _at(where, mistakes)
+
+
+def _check_import(run: RunConfig, index: int, where: tuple[Any, ...]) -> list[str]:
+    """A full-precision rung that is neither trained nor begun from anything is a mistake."""
+    stage = run.ladder[index]
+    if stage.train.epochs or not stage.full_precision:
+        return []
+    try:
+        starts = parents_of(run, index).init is not None
+    except ValueError:
+        return []  # said with the parents
+    if starts or (run.model_of(stage).weights is not None and stage.init != "scratch"):
+        return []
+    at = "model" if stage.model is None else path_text((*where, "model"))
+    text = f"0 imports a trained network, and {at}.weights names none; give {at}.weights: FILE"
+    if stage.init == "scratch":
+        text = "0 leaves the fresh weights of init: scratch untrained; take init out"
+    return [f"{path_text(where)}.epochs: {text}, or train for some epochs"]
 
 
 def _check_quantizers(stage: StageConfig, where: tuple[Any, ...]) -> list[str]:
@@ -140,32 +155,6 @@ def _check_width(
         else:
             return []
     return errors[:1]
-
-
-def _check_loss(stage: StageConfig) -> list[Mistake]:
-    name, options = stage.distill.loss, stage.distill.options
-    if found := check_options(LOSSES, name, options):
-        return found
-    try:
-        LOSSES[name].factory(**options)
-    except ValueError as error:
-        return [("", str(error))]
-    return []
-
-
-def _check_parents(
-    run: RunConfig, index: int, stage: StageConfig, where: tuple[Any, ...]
-) -> list[str]:
-    errors = []
-    has_fp32 = any(s.full_precision for s in run.ladder[:index])
-    uses = {"init": stage.init, "distill.teacher": stage.distill.teacher}
-    for key, value in uses.items():
-        if value == "fp32" and not has_fp32 and not stage.full_precision:
-            errors.append(
-                f"{path_text(where)}.{key}: 'fp32' needs a rung above it with weight_bits: 32 and "
-                "activation_bits: 32"
-            )
-    return errors
 
 
 def _at(where: tuple[Any, ...], mistakes: list[Mistake]) -> list[str]:

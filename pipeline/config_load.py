@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from ..quant.registry import unknown
-from .config import RunConfig, StageConfig
+from .auto_ladder import label as rung_label
+from .auto_ladder import possible_rungs
+from .auto_plan import said_of_rungs
+from .config import AutoConfig, RunConfig, StageConfig
 from .config_check import check_parts
+from .epoch_shares import share_epochs
 from .errors import ConfigError
 from .yaml_reader import apply_overrides, path_text, read_yaml_file
 
@@ -19,15 +24,19 @@ M = TypeVar("M", bound=BaseModel)
 SHIPPED = Path(__file__).parent.parent / "flows" / "configs"
 # sections that a rung takes over from above the ladder, each merged key by key
 INHERITED = ("quantizer", "policy", "train", "distill", "bin_regularization", "oscillation")
-RUN_KEYS = ("name", "seed", "data", "model", "runtime", "ladder")
-RUNG_KEYS = ("name", "weight_bits", "activation_bits", "init", "epochs", "teacher")
+RUN_KEYS = ("name", "seed", "data", "model", "runtime", "total_epochs", "ladder", "auto")
+RUNG_KEYS = (
+    *("name", "weight_bits", "activation_bits", "init", "model", "epochs", "share", "teacher"),
+)
+AUTO_RUNG_KEYS = ("epochs", "teacher")  # the others the ladder itself decides
 MAX_STAGES = 64
 # what optimizers, schedules and distillation losses have in common
-_SHARED = ("lr", "weight_decay", "warmup_epochs", "final", "teacher", "weight")
+_SHARED = ("lr", "weight_decay", "warmup_epochs", "final", "teacher", "drop", "weight", "features")
 # for a required value that is missing or wrong, so that the rest is checked all the same
 STAND_INS: dict[type[BaseModel], dict[str, Any]] = {
     StageConfig: {"weight_bits": 32, "activation_bits": 32},
     RunConfig: {"name": "unnamed", "ladder": ()},
+    AutoConfig: {"weight_bits": 1, "activation_bits": 1, "budget": 1.0},
 }
 
 
@@ -43,13 +52,22 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: one line for each mistake, with its YAML path.
     """
+    return parse_config(apply_overrides(read_config(source), list(overrides)))
+
+
+def read_config(source: str | Path) -> dict[str, Any]:
+    """What a shipped config or a YAML file says, unchecked.
+
+    Raises:
+        ConfigError: there is no such config or file, or it is no YAML mapping.
+    """
     path = Path(source)
     if not path.exists() and path.suffix not in (".yaml", ".yml") and "/" not in str(source)[:1]:
         known = shipped_configs()
         if str(source) not in known:
             raise ConfigError([unknown("config", str(source), known) + "; or give a YAML file"])
         path = known[str(source)]
-    return parse_config(apply_overrides(read_yaml_file(path), list(overrides)))
+    return read_yaml_file(path)
 
 
 def parse_config(raw: Mapping[str, Any]) -> RunConfig:
@@ -63,22 +81,80 @@ def parse_config(raw: Mapping[str, Any]) -> RunConfig:
     defaults: dict[str, Any] = {}
     for key, value in raw.items():
         if key in INHERITED:
-            defaults[key] = _short_forms(key, value)
+            defaults[key] = short_forms(key, value)
         elif key in RUN_KEYS:
-            top[key] = value
+            top[key] = short_forms(key, value)
         else:
             errors.append(unknown("key", str(key), (*RUN_KEYS, *INHERITED)))
     probe = {"weight_bits": 32, "activation_bits": 32, **defaults}
-    errors += _validate(StageConfig, probe, ())[1]  # the defaults by themselves
+    errors += validated(StageConfig, probe, ())[1]  # the defaults by themselves
     rungs = top.pop("ladder", None)
+    total = top.pop("total_epochs", None)
+    section, auto = top.pop("auto", None), None
+    if rungs == "auto":
+        auto, rungs, mistakes_in_auto = _auto(section, total)
+        errors += mistakes_in_auto
+    elif section is not None:
+        errors.append("auto: is for ladder: auto; take it out, or the list of rungs")
+    if isinstance(rungs, list) and auto is None:
+        rungs, mistakes = share_epochs(rungs, total)
+        errors += [f"{path_text(where)}: {text}" for where, text in mistakes]
     stages, rung_errors = _stages(rungs, defaults)
-    run, run_errors = _validate(RunConfig, {**top, "ladder": ()}, ())
-    errors += run_errors + rung_errors
+    run, run_errors = validated(RunConfig, {**top, "ladder": ()}, ())
     run = run.model_copy(update={"ladder": tuple(stages)})
-    errors += check_parts(run)
+    errors += run_errors + rung_errors + check_parts(run)
+    if auto is not None:
+        errors = said_of_rungs(errors, [stage.name for stage in stages])
+        named = {stage.name: stage for stage in stages}
+        run = run.model_copy(
+            update={"ladder": (), "auto": auto.model_copy(update={"rungs": named})}
+        )
     if errors:
         raise ConfigError(list(dict.fromkeys(errors)))
     return run
+
+
+def _auto(section: Any, total_epochs: Any) -> tuple[AutoConfig, list[Any], list[str]]:
+    """The rules of an automatic ladder, every rung it may come to, and the mistakes."""
+    errors = []
+    if total_epochs is not None:
+        errors.append("total_epochs: is for a list of rungs; with ladder: auto give train.epochs")
+    if not isinstance(section, dict):
+        what = "is missing" if section is None else f"must be a mapping, not {_kind(section)}"
+        example = "{weight_bits: 1, activation_bits: 1, budget: 0.02}"
+        errors.append(f"auto: {what}; give target and budget, such as {example}")
+        section = STAND_INS[AutoConfig]
+    own = section.get("rungs", {})
+    rules = {key: value for key, value in section.items() if key != "rungs"}
+    auto, wrong = validated(AutoConfig, rules, ("auto",))
+    rungs = {rung_label(widths): widths for widths in possible_rungs(auto)}
+    if not isinstance(own, dict):
+        errors.append(f"auto.rungs: must be a mapping of rungs to settings, not {_kind(own)}")
+        own = {}
+    own = {str(name): rung for name, rung in own.items()}
+    for name, rung in own.items():
+        if not isinstance(rung, dict):
+            errors.append(f"auto.rungs.{name}: must be a mapping, not {_kind(rung)}")
+            continue
+        known = (*AUTO_RUNG_KEYS, *INHERITED)
+        bad = [str(key) for key in rung if key not in known]
+        errors += [f"auto.rungs.{name}.{key}: {unknown('key', key, known)}" for key in bad]
+        if not wrong and not any(fnmatchcase(rung_name, name) for rung_name in rungs):
+            errors.append(f"auto.rungs.{name}: fits no rung; there may be: {', '.join(rungs)}")
+    raw = [_auto_rung(name, widths, own) for name, widths in rungs.items()]
+    return auto, raw, wrong + errors
+
+
+def _auto_rung(name: str, widths: tuple[int, int], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What is set for a rung, the globs that fit its name over each other in their order."""
+    raw: dict[str, Any] = {"name": name, "weight_bits": widths[0], "activation_bits": widths[1]}
+    if widths[0] == 1:  # latent weights are not shrunk: only their signs count
+        raw["train"] = {"optimizer": {"weight_decay": 0.0}}
+    for match, rung in own.items():
+        if fnmatchcase(name, match) and isinstance(rung, dict):
+            known = {k: v for k, v in rung.items() if k in (*AUTO_RUNG_KEYS, *INHERITED)}
+            raw = merge_rung(raw, {k: short_forms(k, v) for k, v in known.items()})
+    return raw
 
 
 def _stages(rungs: Any, defaults: dict[str, Any]) -> tuple[list[StageConfig], list[str]]:
@@ -102,9 +178,12 @@ def _stages(rungs: Any, defaults: dict[str, Any]) -> tuple[list[StageConfig], li
         bad = [k for k in rung if k not in RUNG_KEYS and k not in INHERITED]
         known = (*RUNG_KEYS, *INHERITED)
         errors += [f"{path_text((*where, k))}: {unknown('key', str(k), known)}" for k in bad]
-        own = {k: _short_forms(k, v) for k, v in rung.items() if k not in bad}
-        merged = _merge(defaults, own)
-        stage, found = _validate(StageConfig, merged, where)
+        own = {k: short_forms(k, v) for k, v in rung.items() if k not in bad}
+        if isinstance(own.get("model"), dict) and "name" not in own["model"]:
+            text = "is missing; a rung's model takes nothing over from the ladder's"
+            errors.append(f"{path_text((*where, 'model', 'name'))}: {text}")
+        merged = merge_rung(defaults, own)
+        stage, found = validated(StageConfig, merged, where)
         found = [_as_written(e, own, where) for e in found]
         errors += [e for e in found if _said_here(e, own, where)]
         name = _unique(stage.name or label(stage), names, given=bool(stage.name))
@@ -131,15 +210,19 @@ def _unique(name: str, taken: set[str], *, given: bool) -> str | None:
     return next(f"{name}-{n}" for n in range(2, MAX_STAGES + 2) if f"{name}-{n}" not in taken)
 
 
-def _short_forms(key: str, value: Any) -> Any:
+def short_forms(key: str, value: Any) -> Any:
     """`quantizer: lsq` for both of its halves, `schedule: cosine` for its name, and the like."""
     if key == "quantizer":
         if isinstance(value, str) or (isinstance(value, dict) and "name" in value):
             value = {"weight": value, "activation": value}
         if isinstance(value, dict):
             return {k: _named(v) for k, v in value.items()}
+    if key == "model":
+        return _named(value)
+    if key == "distill" and isinstance(value, dict):
+        return {k: _named(v) if k == "features" else v for k, v in value.items()}
     if key == "train" and isinstance(value, dict):
-        short = {"optimizer": "name", "schedule": "name"}
+        short = ("optimizer", "schedule", "averaging")
         return {k: _named(v) if k in short else v for k, v in value.items()}
     if key == "policy" and isinstance(value, dict):
         edges = ("first_last_weight", "first_last_activation")
@@ -159,14 +242,14 @@ def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-def _merge(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def merge_rung(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """The rung's own words over the defaults; a part with another name takes no old options."""
     own = dict(own)
     if "epochs" in own:
         own["train"] = _put(own.get("train"), "epochs", own.pop("epochs"))
     if "teacher" in own:
         own["distill"] = _put(own.get("distill"), "teacher", own.pop("teacher"))
-    return _overlay(defaults, own)
+    return overlay(defaults, own)
 
 
 def _put(section: Any, key: str, value: Any) -> Any:
@@ -175,7 +258,8 @@ def _put(section: Any, key: str, value: Any) -> Any:
     return {**section, key: value} if isinstance(section, dict) else section
 
 
-def _overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """One mapping over another, key by key; a part with another name takes no old options."""
     merged = dict(base)
     for key, value in top.items():
         old = merged.get(key)
@@ -185,7 +269,7 @@ def _overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
             # another part: of the old one's settings only those that every such part has
             merged[key] = {k: v for k, v in old.items() if k in _SHARED} | value
         else:
-            merged[key] = _overlay(old, value)
+            merged[key] = overlay(old, value)
     return merged
 
 
@@ -203,7 +287,12 @@ def _said_here(error: str, own: Mapping[str, Any], where: tuple[Any, ...]) -> bo
     return rest[0] not in INHERITED or rest[0] in own
 
 
-def _validate(kind: type[M], raw: Mapping[str, Any], where: tuple[Any, ...]) -> tuple[M, list[str]]:
+def validated(
+    kind: type[M],
+    raw: Mapping[str, Any],
+    where: tuple[Any, ...],
+    stand_ins: Mapping[str, Any] | None = None,
+) -> tuple[M, list[str]]:
     """The section, with defaults in place of what is wrong in it, and its mistakes."""
     try:
         return kind.model_validate(dict(raw)), []
@@ -211,7 +300,8 @@ def _validate(kind: type[M], raw: Mapping[str, Any], where: tuple[Any, ...]) -> 
         found = error.errors()
     wrong = {e["loc"][0] for e in found}
     right = {key: value for key, value in raw.items() if key not in wrong}
-    section = kind.model_validate({**STAND_INS[kind], **right})
+    instead = STAND_INS.get(kind, {}) if stand_ins is None else stand_ins
+    section = kind.model_validate({**instead, **right})
     return section, [_line(e, where) for e in found]
 
 

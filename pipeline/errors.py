@@ -43,6 +43,10 @@ class StageError(BitladderError):
         return f"{message}\n{self.hint}" if self.hint else message
 
 
+class Diverged(StageError):
+    """A stage whose loss is not finite any more: its settings are to blame, not the machine."""
+
+
 class Interrupted(BitladderError):
     """SIGINT or SIGTERM arrived and the state was saved; exits 130 or 143."""
 

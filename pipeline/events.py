@@ -15,7 +15,7 @@ class Event:
         kind: what happened; `step` comes several times a second, the others rarely.
         stage: the stage's name in the ladder, e.g. "w8a8".
         position: its rung, counted from 0.
-        stages: how many the ladder has.
+        stages: how many the ladder has; 0 while that depends on results.
         epoch: finished epochs; starts above 0 where a stage is resumed.
         epochs: epochs in all.
         fraction: of the stage's training done, 0 to 1.

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from torch.optim import Optimizer
 from .config import StageConfig
 from .data import DataBundle
 from .diagnose import first_non_finite
-from .errors import Interrupted, StageError
+from .errors import Diverged, Interrupted
 from .evaluate import evaluate
 from .files import write_atomic
 from .learner import Learner
 from .optimizer import OptimizerPair, build_optimizer, global_norm_clip, set_lr
 from .record import CHECKPOINT, METRICS
 from .schedule import lr_factor
+from .teachers import dropped_teachers, teach
 from .tensors import write_checkpoint
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Position:
 
 def fit(
     learner: Learner,
-    teacher: nn.Module | None,
+    teachers: Sequence[nn.Module],
     data: DataBundle,
     stage: StageConfig,
     around: Surroundings,
@@ -80,13 +81,14 @@ def fit(
     """Trains the learner in place; gives back one dict of metrics per epoch.
 
     Args:
+        teachers: in eval mode and without gradients; they see the student's own batches.
         resume: what the checkpoint of an interrupted run holds; the learner already has its
             weights. The result is bit for bit that of a run never interrupted (on one CPU
             configuration), because all else is a function of seed, epoch and step.
 
     Raises:
         Interrupted: a stop was asked for; the checkpoint is written.
-        StageError: the loss is not finite; the last good checkpoint stays.
+        Diverged: the loss is not finite; the last good checkpoint stays.
     """
     optimizer = build_optimizer(learner, learner.student, stage.train)
     at = Position()
@@ -96,7 +98,7 @@ def fit(
     steps = stage.train.epochs * per_epoch
     clock = _Clock(done=at.epoch * per_epoch + at.batch, steps=steps)
     saved = time.monotonic()
-    bins = stage.bin_regularization
+    bins, drop = stage.bin_regularization, stage.distill.drop
     frozen = False
     x: Tensor | None = None  # a checkpoint may lie after an epoch's last batch
     _write_history(around.workdir, at.history)
@@ -120,10 +122,14 @@ def fit(
                 freeze_scales(learner.student, bins.freeze_activation_scale, "input_quantizer")
                 frozen = True
             set_lr(optimizer, lr_factor(stage.train.schedule, step, steps, per_epoch))
-            with torch.no_grad():
-                teacher_logits = teacher(x) if teacher is not None else None
+            taught = teach(
+                teachers if learner.objective.follows(progress) else (),
+                x,
+                layers=learner.objective.taps(progress)[1],
+                left_out=dropped_teachers(len(teachers), drop, seed=seed, step=step),
+            )
             learner.before_step(progress)
-            terms = learner(x, targets, teacher_logits, progress)
+            terms = learner(x, targets, taught, progress)
             if device.type == "cpu" or step % CHECK_EVERY == 0:
                 _require_finite(terms["total"], learner, x, around, at, per_epoch)
             terms["total"].backward()
@@ -132,6 +138,8 @@ def fit(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             learner.after_step(progress)
+            if learner.averaging is not None:
+                learner.averaging.update(step, steps)
             _add(at, terms, len(targets))
             at.batch += 1
             if clock.tick():
@@ -168,6 +176,8 @@ def fit(
             accuracy=last["val_top1"],
             seconds_left=clock.seconds_left,
         )
+    if steps:
+        learner.end()
     return at.history
 
 
@@ -239,7 +249,7 @@ def _require_finite(
         return
     culprit = first_non_finite(learner.student, x)
     kept = (around.workdir / CHECKPOINT).is_file()
-    raise StageError(
+    raise Diverged(
         around.name,
         f"the loss is {float(loss.detach())} at step {at.epoch * per_epoch + at.batch} "
         f"(epoch {at.epoch + 1}); {culprit}",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
+import torch
 from torch import Tensor, nn
 
+from ..models.tapped import Outputs, tapped
 from ..quant.oscillation import OscillationTracker, followed_layers, weight_dampening
 from ..quant.regularizers import (
     activation_bin_regularization,
@@ -13,13 +16,20 @@ from ..quant.regularizers import (
     weight_bin_regularization,
 )
 from ..quant.stepping import Stepping
-from .config import BinRegularizationConfig, DistillConfig, OscillationConfig, TrainConfig
+from .averaging import WeightAverage, note_ranges
+from .config import AveragingConfig, BinRegularizationConfig, OscillationConfig, TrainConfig
+from .config_distill import DistillConfig
+from .features import FeatureTerm
 from .losses import LOSSES, Step
-from .schedule import annealed
+from .schedule import annealed, weight_at
 
 
 class Objective(nn.Module):
-    """The weighted losses of a stage: labels, teacher, bins, oscillation."""
+    """The weighted losses of a stage: labels, teachers, bins, oscillation.
+
+    Each loss of the teachers is the mean over them, so that a weight means the same for any number
+    (DGKD's own code adds them up: a weight there is that weight times their number here).
+    """
 
     def __init__(
         self,
@@ -27,13 +37,35 @@ class Objective(nn.Module):
         distill: DistillConfig | None,
         bins: BinRegularizationConfig,
         oscillation: OscillationConfig,
+        features: FeatureTerm | None = None,
     ) -> None:
         super().__init__()
         self.hard = LOSSES["cross_entropy"].factory(label_smoothing=train.label_smoothing)
         self.soft = LOSSES[distill.loss].factory(**distill.options) if distill else None
-        self.soft_weight = distill.weight if distill else 0.0
+        self.features = features
+        self._soft_weight = distill.weight if distill else 0.0
+        self._feature_weight = distill.features.weight if distill and distill.features else 0.0
         self.bins = bins
         self.oscillation = oscillation
+        self.averaging = train.averaging
+
+    def soft_weight(self, progress: float) -> float:
+        """The weight of the teachers' logits at this fraction of the stage; labels get the rest."""
+        return weight_at(self._soft_weight, progress)
+
+    def feature_weight(self, progress: float) -> float:
+        """The weight of the teachers' inner layers at this fraction of the stage."""
+        return weight_at(self._feature_weight, progress) if self.features is not None else 0.0
+
+    def follows(self, progress: float) -> bool:
+        """Whether teachers are needed."""
+        return self.soft_weight(progress) > 0 or self.feature_weight(progress) > 0
+
+    def taps(self, progress: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The layers of the student, and those of its teachers, whose outputs are needed."""
+        if self.features is None or self.feature_weight(progress) == 0:
+            return (), ()
+        return self.features.layers, self.features.teacher_layers
 
     def regularizes(self, progress: float) -> bool:
         """Whether bin regularization is on at this fraction of the stage."""
@@ -56,17 +88,29 @@ class Objective(nn.Module):
         return annealed(own.start, own.final, progress, warmup=own.warmup)
 
     def forward(
-        self, step: Step, student: nn.Module, inputs: dict[str, Tensor], progress: float
+        self,
+        steps: Sequence[Step],
+        student: nn.Module,
+        inputs: dict[str, Tensor],
+        progress: float,
     ) -> dict[str, Tensor]:
-        """Every term and their weighted sum under "total"; scalars, float32."""
+        """Every term and their weighted sum under "total"; scalars, float32.
+
+        Args:
+            steps: the same step under each teacher, or one without a teacher.
+        """
         terms: dict[str, Tensor] = {}
-        total = step.logits.new_zeros((), dtype=step.logits.dtype).float()
-        if self.soft_weight < 1:
-            terms["cross_entropy"] = self.hard(step)
-            total = total + (1 - self.soft_weight) * terms["cross_entropy"]
-        if self.soft is not None and self.soft_weight > 0:
-            terms["distillation"] = self.soft(step)
-            total = total + self.soft_weight * terms["distillation"]
+        total = steps[0].logits.new_zeros((), dtype=steps[0].logits.dtype).float()
+        soft_weight = self.soft_weight(progress)
+        if soft_weight < 1:
+            terms["cross_entropy"] = self.hard(steps[0])
+            total = total + (1 - soft_weight) * terms["cross_entropy"]
+        if self.soft is not None and soft_weight > 0:
+            terms["distillation"] = _mean(self.soft, steps)
+            total = total + soft_weight * terms["distillation"]
+        if self.features is not None and (weight := self.feature_weight(progress)) > 0:
+            terms["features"] = _mean(self.features, steps)
+            total = total + weight * terms["features"]
         if self.bins.weight > 0 and self.regularizes(progress):
             terms["bins_weight"] = weight_bin_regularization(
                 student,
@@ -89,12 +133,18 @@ class Objective(nn.Module):
         return {**terms, "total": total}
 
 
+def _mean(loss: Callable[[Step], Tensor], steps: Sequence[Step]) -> Tensor:
+    values = [loss(step) for step in steps]
+    return values[0] if len(values) == 1 else torch.stack(values).mean()
+
+
 class Learner(nn.Module):
     """Student and objective in one module, so that one wrapper synchronises all gradients.
 
     Attributes:
         tracker: follows oscillating weights, where that is asked for and weights are narrow
             enough. Its state is part of this module's and not of the student's.
+        averaging: the running average of the student's weights, where that is asked for; likewise.
     """
 
     def __init__(self, student: nn.Module, objective: Objective) -> None:
@@ -102,17 +152,22 @@ class Learner(nn.Module):
         self.student = student
         self.objective = objective
         self.tracker = _tracker(student, objective.oscillation)
+        self.averaging = _averaging(student, objective.averaging)
         self._stepping = Stepping(student)
 
     def forward(
-        self, x: Tensor, targets: Tensor, teacher_logits: Tensor | None, progress: float
+        self,
+        x: Tensor,
+        targets: Tensor,
+        teacher_outputs: Sequence[Outputs | None],
+        progress: float,
     ) -> dict[str, Tensor]:
         """The terms of one step.
 
         Args:
             x: images, (N, C, H, W).
             targets: class numbers, (N,).
-            teacher_logits: (N, K), or None.
+            teacher_outputs: one for each teacher, None for one that this batch does without.
             progress: fraction of the stage done, 0 .. 1.
         """
         with ExitStack() as stack:
@@ -121,9 +176,15 @@ class Learner(nn.Module):
                 inputs = stack.enter_context(collect_inputs(self.student))
             if self.tracker is not None and self.objective.freezing(progress) is not None:
                 stack.enter_context(self.tracker.holding())
-            logits = self.student(x)
-            step = Step(logits, targets, teacher_logits)
-            terms: dict[str, Tensor] = self.objective(step, self.student, inputs, progress)
+            layers, _ = self.objective.taps(progress)
+            outputs = tapped(self.student, x, layers)
+            steps = [
+                Step(outputs.logits, targets, own.logits, outputs.features, own.features, number)
+                for number, own in enumerate(teacher_outputs)
+                if own is not None
+            ]
+            steps = steps or [Step(outputs.logits, targets, None)]
+            terms: dict[str, Tensor] = self.objective(steps, self.student, inputs, progress)
         return terms
 
     def before_step(self, progress: float) -> None:
@@ -135,6 +196,22 @@ class Learner(nn.Module):
         self._stepping.after()
         if self.tracker is not None:
             self.tracker.update(self.objective.freezing(progress))
+
+    def end(self) -> None:
+        """To be called after the last step: the student gets its averaged weights."""
+        if self.averaging is None:
+            return
+        self.averaging.put()
+        self._stepping.after()
+        if self.tracker is not None:
+            self.tracker.hold()
+        note_ranges(self.student)
+
+
+def _averaging(student: nn.Module, config: AveragingConfig) -> WeightAverage | None:
+    if config.name == "none":
+        return None
+    return WeightAverage(student, method=config.name, decay=config.decay, start=config.start)
 
 
 def _tracker(student: nn.Module, config: OscillationConfig) -> OscillationTracker | None:

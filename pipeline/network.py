@@ -39,21 +39,32 @@ def build_network(network: Mapping[str, Any], *, seed: int) -> nn.Module:
         options=network["options"],
         seed=seed,
     )
-    return model.to(memory_format=_memory_format(model))
+    if _dies_of_channels_last(model):
+        model.register_forward_pre_hook(_channels_first)
+        return model.to(memory_format=torch.contiguous_format)
+    return model.to(memory_format=torch.channels_last)
 
 
-def _memory_format(model: nn.Module) -> torch.memory_format:
-    """Channels last, which trains faster, but for networks that it would kill.
+def _dies_of_channels_last(model: nn.Module) -> bool:
+    """Whether it has a layer that must not run in the format that trains faster.
 
     The backward pass of a strided 1x1 convolution of fewer than 8 input channels writes beyond its
     memory in that format (torch 2.15 on one CPU thread: "double free or corruption").
     """
-    deadly = any(
+    return any(
         module.kernel_size == (1, 1) and module.stride != (1, 1) and module.in_channels < 8
         for module in model.modules()
         if isinstance(module, nn.Conv2d)
     )
-    return torch.contiguous_format if deadly else torch.channels_last
+
+
+def _channels_first(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The images with the strides of their shape: a convolution runs in the format of its input.
+
+    Data come channels last. Of one channel `contiguous` would hand back the same strides.
+    """
+    images, *others = args
+    return (images.clone(memory_format=torch.contiguous_format), *others)
 
 
 def load_network(store: Store, record: StageRecord, device: torch.device) -> nn.Module:

@@ -7,16 +7,20 @@ stage's result, so finished work is found again and a change reruns only what fo
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..models import source_hash
 from ..quant.quantizers import QUANTIZERS
-from .config import Component, PolicyConfig, RunConfig, StageConfig
+from .config import ModelConfig, PolicyConfig, RunConfig, StageConfig, TrainConfig
+from .config_distill import DistillConfig, constant
+from .config_section import Component
 from .data import DATASETS
 from .data.fingerprint import fingerprint
 from .errors import ConfigError
-from .losses import LOSSES
+from .losses import FEATURE_LOSSES, LOSSES
+from .parents import Parents, parents_of
 from .policy import choose_quantizer, first_last_bits, policy_of
 from .spec import Plan, PlannedStage, StageSpec
 
@@ -26,57 +30,55 @@ RECIPE_VERSION = 1
 
 
 def make_plan(config: RunConfig) -> Plan:
-    """The stages of a ladder with all keys known.
+    """The stages of a ladder with all keys known; of an automatic one see `plan_so_far`.
 
     Raises:
         ConfigError: the data set is not there, or a file that a key depends on cannot be read.
     """
     data = _data(config)
-    model = _model(config)
-    weights = _file_hash(config.model.weights)
+    hashed = cache(_file_hash)
     planned: list[PlannedStage] = []
     for position, stage in enumerate(config.ladder):
-        previous = planned[-1] if planned else None
-        fp32 = next((p for p in planned if config.ladder[p.position].full_precision), None)
-        rungs = {"previous": previous, "fp32": fp32}
-        init = rungs.get(stage.init)
-        teacher = rungs.get(stage.distill.teacher)
-        if stage.train.epochs == 0 or stage.distill.weight == 0:
-            teacher = None  # it would change nothing
+        model, parents = config.model_of(stage), parents_of(config, position)
+        teachers = len(parents.teachers)
+        begins_from_file = parents.init is None and stage.init != "scratch"
         spec = StageSpec(
             kind="train",
             options={
                 "recipe": RECIPE_VERSION,
                 "seed": config.seed,
                 "data": data,
-                "model": model,
-                "weights": weights if init is None and stage.init != "scratch" else None,
-                "key_map": config.model.key_map,
-                "stage": _determining(stage, distilled=teacher is not None),
-                "versions": _versions(stage, distilled=teacher is not None),
+                "model": _model(model),
+                "weights": hashed(model.weights) if begins_from_file else None,
+                "key_map": model.key_map,
+                "stage": _determining(stage, teachers=1 if parents.chooses else teachers),
+                "versions": _versions(stage, distilled=teachers > 0),
             },
-            parents={
-                role: rung.key for role, rung in (("init", init), ("teacher", teacher)) if rung
-            },
+            parents={role: planned[above].key for role, above in parents.roles().items()},
         )
         planned.append(
             PlannedStage(
                 name=stage.name,
                 position=position,
                 spec=spec,
-                teacher=teacher.name if teacher else None,
-                parent=init.name if init else None,
+                teacher=_teacher_names(config, parents),
+                parent=None if parents.init is None else config.ladder[parents.init].name,
             )
         )
     return Plan(config.name, tuple(planned), config)
 
 
-def _determining(stage: StageConfig, *, distilled: bool) -> dict[str, Any]:
+def _teacher_names(config: RunConfig, parents: Parents) -> str | None:
+    names = ", ".join(config.ladder[position].name for position in parents.teachers)
+    return f"best of {names}" if parents.chooses else names or None
+
+
+def _determining(stage: StageConfig, *, teachers: int) -> dict[str, Any]:
     """A stage's settings without those that have no effect on it."""
-    values = stage.model_dump(mode="json", exclude={"name", "init"})
-    values["distill"].pop("teacher")
-    if not distilled:
-        values.pop("distill")
+    values = stage.model_dump(mode="json", exclude={"name", "init", "model"})
+    values.pop("distill")
+    if teachers:
+        values["distill"] = _distillation(stage.distill, teachers)
     bins = stage.bin_regularization
     used = (
         bins.weight or bins.activation or bins.freeze_weight_scale or bins.freeze_activation_scale
@@ -84,6 +86,9 @@ def _determining(stage: StageConfig, *, distilled: bool) -> dict[str, Any]:
     if stage.full_precision or not used:
         values.pop("bin_regularization")
     values["oscillation"] = _oscillation(stage)
+    averaging = _averaging(stage.train)
+    values["train"].pop("averaging")
+    values["train"] |= {"averaging": averaging} if averaging else {}
     if stage.full_precision:
         values.pop("quantizer")
         values.pop("policy")
@@ -97,6 +102,24 @@ def _determining(stage: StageConfig, *, distilled: bool) -> dict[str, Any]:
         values["policy"] = _policy(stage.policy)
         if stage.train.quantizer_parameters.optimizer == stage.train.optimizer.name:
             values["train"]["quantizer_parameters"]["optimizer"] = None
+    return values
+
+
+def _distillation(distill: DistillConfig, teachers: int) -> dict[str, Any]:
+    """The losses between teachers and student; who the teachers are is said by the parents."""
+    values = distill.model_dump(mode="json", exclude={"teacher"})
+    values["drop"] = min(distill.drop, teachers - 1)  # one is always kept
+    if values["drop"] == 0:
+        values.pop("drop")
+    if (weight := constant(distill.weight)) is not None:
+        values["weight"] = weight
+    features = distill.features
+    if features is None or not distill.follows_features:
+        values.pop("features")
+    else:
+        values["features"]["teacher_layers"] = list(features.teacher_layers or features.layers)
+        if (weight := constant(features.weight)) is not None:
+            values["features"]["weight"] = weight
     return values
 
 
@@ -124,6 +147,14 @@ def _oscillation(stage: StageConfig) -> dict[str, Any]:
     return own.model_dump(mode="json", include=used)
 
 
+def _averaging(train: TrainConfig) -> dict[str, Any]:
+    """The average of the weights with the settings that its kind has."""
+    if train.averaging.name == "none" or train.epochs == 0:
+        return {}
+    own = {"ema": "decay", "tail": "start"}[train.averaging.name]
+    return train.averaging.model_dump(mode="json", include={"name", own})
+
+
 def _chosen(choice: Component, bits: int) -> dict[str, Any]:
     return choose_quantizer(choice, bits).model_dump(mode="json")
 
@@ -132,6 +163,9 @@ def _versions(stage: StageConfig, *, distilled: bool) -> dict[str, int]:
     versions = {"loss cross_entropy": LOSSES["cross_entropy"].version}
     if distilled:
         versions[f"loss {stage.distill.loss}"] = LOSSES[stage.distill.loss].version
+        if stage.distill.features is not None and stage.distill.follows_features:
+            name = stage.distill.features.name
+            versions[f"feature loss {name}"] = FEATURE_LOSSES[name].version
     if not stage.full_precision:
         policy = policy_of(stage)
         first_last = (policy.first_last_weight, policy.first_last_activation)
@@ -156,9 +190,8 @@ def _data(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _model(config: RunConfig) -> dict[str, Any]:
-    name = config.model.name
-    return {"name": name, "options": config.model.options, "source": source_hash(name)}
+def _model(model: ModelConfig) -> dict[str, Any]:
+    return {"name": model.name, "options": model.options, "source": source_hash(model.name)}
 
 
 def _file_hash(path: str | None) -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..quant.core import Target
 from ..quant.policy import QuantizerChoice, QuantPolicy, Rule
-from .config import Component, PolicyConfig, StageConfig
+from .config import PolicyConfig, StageConfig
+from .config_section import Component
 
 
 def choose_quantizer(choice: Component, bits: int) -> Component:

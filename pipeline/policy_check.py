@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from ..quant.policy import LayerPlan, Rule
@@ -12,15 +12,18 @@ from .errors import ConfigError
 from .policy import policy_of
 
 
-def check_policies(config: RunConfig, facts: Probe) -> None:
-    """Refuses what no layer of the network can have, before the first rung is trained.
+def check_policies(config: RunConfig, networks: Sequence[Probe]) -> None:
+    """Refuses what no layer of a network can have, before the first rung is trained.
+
+    Args:
+        networks: what is known of each rung's network, in ladder order.
 
     Raises:
         ConfigError: rules that fit nothing, and methods that a layer cannot have.
     """
     errors: list[str] = []
     learned: set[str] = set()
-    for index, stage in enumerate(config.ladder):
+    for index, (stage, facts) in enumerate(zip(config.ladder, networks, strict=True)):
         policy = policy_of(stage)
         errors += [
             f"ladder.{index}.policy.rules.{number}{_no_layer(policy.rules[number], facts)}"

@@ -15,6 +15,7 @@ FORMAT = 1  # of stage.json; a higher one was written by a newer Bitladder
 MANIFEST = "stage.json"
 MODEL = "model.safetensors"
 METRICS = "metrics.jsonl"
+PROJECTIONS = "projections.safetensors"  # what feature losses learned
 CHECKPOINT = "last.pt"
 
 

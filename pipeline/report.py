@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from .auto_ladder import recorded_course
 from .errors import ConfigError
 from .files import write_atomic
 from .record import MANIFEST
 from .report_html import html_page
 from .run import Run
+from .spec import model_text
 from .store import Store
 from .store_index import STAGE_COLUMNS
 
@@ -29,6 +31,7 @@ COLUMNS = (
     "stage",
     "position",
     "state",
+    "model",
     "weight_bits",
     "activation_bits",
     "weight_quantizer",
@@ -58,6 +61,7 @@ COLUMNS = (
     "sha256",
     "created",
     "error",
+    "note",
 )
 
 
@@ -103,10 +107,16 @@ def reports(store: Store, runs: Sequence[Run]) -> pd.DataFrame:
 
 def _rows(store: Store, run: Run) -> list[dict[str, Any]]:
     rows = store.results(run)
-    fp32 = next(
-        (r["test_top1"] for r in rows if r["weight_bits"] == r["activation_bits"] == 32), None
-    )
-    for row, planned in zip(rows, run.stages, strict=True):
+    models = [model_text(planned["spec"]["options"]["model"]) for planned in run.stages]
+    names = {planned["key"]: planned["name"] for planned in run.stages}
+    fp32: dict[str, float | None] = {}  # of each network, its first full-precision rung's
+    for row, model in zip(rows, models, strict=True):
+        if row["weight_bits"] == row["activation_bits"] == 32:
+            fp32.setdefault(model, row["test_top1"])
+    for row, planned, model in zip(rows, run.stages, models, strict=True):
+        row["model"] = model
+        if row["teacher_chosen"] is not None:
+            row["teacher"] = f"best: {names.get(row['teacher_chosen'], row['teacher_chosen'])}"
         if row["weight_bits"] is None:  # not finished: say what it is to become
             stage = planned["spec"]["options"]["stage"]
             last = store.progress(row["key"])
@@ -115,9 +125,13 @@ def _rows(store: Store, run: Run) -> list[dict[str, Any]]:
             row |= {"epochs": last.get("epoch", 0), "seed": run.config.get("seed")}
             for half, choice in stage.get("quantizer", {}).items():
                 row[f"{half}_quantizer"] = choice["name"] if stage[f"{half}_bits"] != 32 else None
-        row["fp32_top1"] = fp32
-        known = fp32 is not None and row["test_top1"] is not None
-        row["drop"] = fp32 - row["test_top1"] if known else None
+        row["note"] = None
+        own = row["fp32_top1"] = fp32.get(model)
+        known = own is not None and row["test_top1"] is not None
+        row["drop"] = own - row["test_top1"] if known else None
+    if (course := recorded_course(run, store.read)) is not None:
+        for row, rung, note in zip(rows, course.rungs, course.notes, strict=False):
+            row["note"] = note if note and row["stage"] == rung.name else None
     return rows
 
 
@@ -136,9 +150,11 @@ def render(frame: pd.DataFrame, form: str) -> bytes:
         records = frame.astype(object).where(frame.notna(), None).to_dict("records")
         return (json.dumps(records, indent=1, allow_nan=False) + "\n").encode()
     if form == "markdown":
-        return (people(frame).to_markdown(index=False, disable_numparse=True) + "\n").encode()
+        table = people(frame).to_markdown(index=False, disable_numparse=True)
+        notes = [f"- {line}" for line in note_lines(frame)]
+        return "\n".join([table, *([""] if notes else []), *notes, ""]).encode()
     if form == "html":
-        return html_page(frame, people(frame)).encode()
+        return html_page(frame, people(frame), note_lines(frame)).encode()
     if form == "parquet":
         buffer = io.BytesIO()
         try:
@@ -161,8 +177,17 @@ def write_report(frame: pd.DataFrame, form: str, path: Path) -> Path:
 def plain_table(frame: pd.DataFrame) -> str:
     """The table for people; a single run's id stands above it, several have a column."""
     runs = list(dict.fromkeys(frame["run"]))
-    table = people(frame).to_string(index=False)
+    table = "\n".join([people(frame).to_string(index=False), *note_lines(frame)])
     return f"{runs[0]}\n{table}" if len(runs) == 1 else table
+
+
+def note_lines(frame: pd.DataFrame) -> list[str]:
+    """What automatic ladders did and why, a line a rung that there is something to say of."""
+    several = frame["run"].nunique() > 1
+    return [
+        f"{row['run'] + ', ' if several else ''}{row['stage']}: {row['note']}"
+        for row in frame[frame["note"].notna()].to_dict("records")
+    ]
 
 
 def people(frame: pd.DataFrame) -> pd.DataFrame:
@@ -180,6 +205,7 @@ def people(frame: pd.DataFrame) -> pd.DataFrame:
         **({"run": list(frame["run"])} if several else {}),
         "stage": list(frame["stage"]),
         "state": list(frame["state"]),
+        **({"model": list(frame["model"])} if frame["model"].nunique() > 1 else {}),
         "W": text("weight_bits", ".0f"),
         "A": text("activation_bits", ".0f"),
         "quantizer": [_pair(r) for r in rows],

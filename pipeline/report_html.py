@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,13 @@ if TYPE_CHECKING:
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 
 
-def html_page(frame: pd.DataFrame, shown: pd.DataFrame) -> str:
+def html_page(frame: pd.DataFrame, shown: pd.DataFrame, notes: Sequence[str]) -> str:
     """A self-contained page.
 
     Args:
         frame: the full report.
         shown: the columns for people, as text.
+        notes: lines to stand below the table.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -28,5 +30,6 @@ def html_page(frame: pd.DataFrame, shown: pd.DataFrame) -> str:
         columns=list(shown.columns),
         rows=shown.to_numpy().tolist(),
         errors=errors,
+        notes=notes,
         csv=frame.to_csv(index=False, lineterminator="\n"),
     )

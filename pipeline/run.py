@@ -42,6 +42,12 @@ class Run:
         )
         return cls(plan.run, plan.name, created, plan.config.model_dump(mode="json"), stages)
 
+    def begins_with(self, other: Run) -> bool:
+        """Whether the stages of another are the first ones of this."""
+        pairs = zip(self.stages, other.stages, strict=False)
+        alike = all(own["key"] == its["key"] for own, its in pairs)
+        return alike and len(self.stages) >= len(other.stages)
+
     def as_dict(self) -> dict[str, Any]:
         """The run as JSON values."""
         return {**self.__dict__, "stages": [dict(stage) for stage in self.stages]}

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..models import load_weights
-from ..quant.probing import probe
+from .auto_plan import every_rung, plan_so_far, said_of_rungs
 from .config import RunConfig, RuntimeConfig, StageConfig
 from .data import DATASETS, DataBundle
 from .data.listing import forget_listings
 from .errors import (
     BitladderError,
     ConfigError,
+    Diverged,
     Interrupted,
     StageError,
     StoreError,
@@ -30,9 +30,7 @@ from .files import TornFileError, now, sha256_of
 from .fit import Surroundings
 from .interruption import Interruption
 from .machine import choose_device, describe, keep_freed_memory
-from .network import build_network, describe_network
-from .plan import make_plan
-from .policy_check import check_policies
+from .network_check import check_networks
 from .record import CHECKPOINT, METRICS, StageRecord
 from .spec import Plan, PlannedStage
 from .stages import STAGES, StageContext
@@ -51,95 +49,118 @@ class Ladder:
     """A plan about to run in a store, with what its stages share in this process.
 
     Attributes:
+        plan: of an automatic ladder, as far as it is known; see `stages_in_turn`.
         finished: whether every stage was there, and whole, when the ladder was opened.
+        retry_diverged: whether a stage that diverged before is tried again.
     """
 
     plan: Plan
     store: Store
     listener: Listener
     finished: bool
+    retry_diverged: bool = True
 
     def event(self, stage: PlannedStage, **fields: Any) -> None:
         """Tells the listener something about a stage."""
-        stages = len(self.plan.stages)
+        stages = len(self.plan.stages) if self.plan.complete else 0
         self.listener(Event(stage=stage.name, position=stage.position, stages=stages, **fields))
 
 
-def run_ladder(ladder: Ladder) -> list[StageRecord]:
+def run_ladder(ladder: Ladder, stop: Callable[[], int | None] | None = None) -> list[StageRecord]:
     """Runs every stage that is not done; gives back all records in ladder order.
+
+    Args:
+        stop: the number of the signal that asks for an end, or None; by default that of a SIGINT
+            or SIGTERM that comes meanwhile.
 
     Raises:
         StageError: a stage failed; what is done stays done.
-        Interrupted: SIGINT or SIGTERM; the state is saved.
+        Interrupted: a stop was asked for; the state is saved.
     """
-    with Interruption() as stop:
-        return [run_stage(ladder, stage, stop) for stage in ladder.plan.stages]
+    if stop is None:
+        with Interruption() as stop:
+            return run_ladder(ladder, stop)
+    return [run_stage(known, stage, stop) for known, stage in stages_in_turn(ladder)]
+
+
+def stages_in_turn(ladder: Ladder) -> Iterator[tuple[Ladder, PlannedStage]]:
+    """The stages in order, each with the ladder as it is known then.
+
+    Where the next stage depends on results, the last one given has to be done when the next is
+    asked for, which is then planned, told to the listener and registered with the run.
+
+    Raises:
+        StageError: the last stage given has left no record.
+    """
+    given = 0
+    while True:
+        for stage in ladder.plan.stages[given:]:
+            yield ladder, stage
+        given = len(ladder.plan.stages)
+        if ladder.plan.complete:
+            return
+        last = ladder.plan.stages[-1]
+        plan = plan_so_far(ladder.plan.config, ladder.store.find)
+        if len(plan.stages) <= given and not plan.complete:
+            raise StageError(last.name, f"its result {last.key} is damaged or gone")
+        ladder = replace(ladder, plan=plan)
+        if note := plan.notes[last.position]:
+            ladder.event(last, kind="message", text=note)
+        _register(ladder.store, plan)
 
 
 def open_ladder(
-    config: RunConfig, store: Store | Path | str, listener: Listener = _ignore
+    config: RunConfig,
+    store: Store | Path | str,
+    listener: Listener = _ignore,
+    *,
+    of_study: bool = False,
 ) -> Ladder:
     """Plans a ladder, checks it against its data, and registers the run.
+
+    Args:
+        of_study: it is a study's trial, one of many: it is no run of its own, a stage that
+            diverged stays so, and data are loaded once for all trials in this process.
 
     Raises:
         ConfigError: network, weights and data do not fit together; nothing is written.
         StoreError: the store cannot be written.
     """
     store = store if isinstance(store, Store) else Store(store)
-    forget_listings()  # in a long session the files may have changed since the last ladder
-    load_data.cache_clear()
-    plan = make_plan(config)
-    finished = all(store.find(stage.key) for stage in plan.stages)
+    if not of_study:
+        forget_listings()  # in a long session the files may have changed since the last ladder
+        load_data.cache_clear()
+    plan = plan_so_far(config, store.find)
+    finished = plan.complete and all(store.find(stage.key) for stage in plan.stages)
     if not finished:
-        choose_device(config.runtime.device)
-        check_network(config)
+        check_ladder(config)
+    if not of_study:
+        _register(store, plan)
+    return Ladder(plan, store, listener, finished, retry_diverged=not of_study)
+
+
+def check_ladder(config: RunConfig) -> None:
+    """Tries before anything is trained whether device, data and networks fit together.
+
+    Raises:
+        ConfigError: they do not, said in the words of whoever wrote the config.
+    """
+    choose_device(config.runtime.device)
+    every = every_rung(config)
+    try:
+        check_networks(every, _data(config))
+    except ConfigError as error:
+        if config.auto is None:
+            raise
+        names = [stage.name for stage in every.ladder]
+        raise ConfigError(said_of_rungs(error.errors, names)) from None
+
+
+def _register(store: Store, plan: Plan) -> None:
     try:
         store.register(plan)
     except OSError as error:
         raise StoreError(store_problem(store.root, error)) from None
-    return Ladder(plan, store, listener, finished)
-
-
-def check_network(config: RunConfig) -> None:
-    """Builds the network, loads its weights, and classifies two images.
-
-    Raises:
-        ConfigError: something does not fit, said in the words of whoever wrote the config.
-    """
-    data = load_data(config.data.name, json.dumps(config.data.options, sort_keys=True))
-    try:
-        network = describe_network(
-            {"name": config.model.name, "options": config.model.options}, data
-        )
-        model = build_network(network, seed=config.seed)
-    except (ValueError, TypeError) as error:
-        raise ConfigError([f"model: {error}"]) from None
-    if config.model.weights is not None:
-        try:
-            load_weights(model, Path(config.model.weights), key_map=config.model.key_map)
-        except (ValueError, OSError) as error:
-            raise ConfigError([f"model.weights: {error}"]) from None
-    images, _ = next(iter(data.validation.evaluation_batches(2, device=torch.device("cpu"))))
-    try:
-        with torch.no_grad():
-            logits = model.eval()(images)
-    except (RuntimeError, ValueError, TypeError) as error:
-        shape = "x".join(str(n) for n in images.shape[1:])
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(
-            [f"model: {config.model.name} cannot take images of {shape}: {reason}"]
-        ) from None
-    found = tuple(getattr(logits, "shape", ()))
-    if found != (len(images), data.num_classes):
-        given = f"gives {found or type(logits).__name__}"
-        raise ConfigError(
-            [
-                f"model: {config.model.name} {given} for {len(images)} images, but "
-                f"{config.data.name} has {data.num_classes} classes: it must give "
-                f"({len(images)}, {data.num_classes})"
-            ]
-        )
-    check_policies(config, probe(model, [images]))
 
 
 def run_stage(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None]) -> StageRecord:
@@ -155,6 +176,8 @@ def run_stage(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None
         if record := store.claim(key):
             ladder.event(stage, kind="reused", fraction=1.0, metrics=dict(record.metrics))
             return record
+        if (cause := store.diverged(key)) and not ladder.retry_diverged:
+            raise Diverged(stage.name, cause)
         try:
             record = _work(ladder, stage, stop)
         except (Interrupted, KeyboardInterrupt):
@@ -162,7 +185,7 @@ def run_stage(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None
         except Exception as error:
             failure = _as_stage_error(stage, store, error)
             cause = failure.cause if isinstance(failure, StageError) else str(failure)
-            store.fail(key, cause)
+            store.fail(key, cause, diverged=isinstance(failure, Diverged))
             ladder.event(stage, kind="failed", text=cause)
             raise failure from error
     ladder.event(stage, kind="finished", fraction=1.0, metrics=dict(record.metrics))
@@ -172,6 +195,7 @@ def run_stage(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None
 def _work(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None]) -> StageRecord:
     config, store, spec = ladder.plan.config, ladder.store, stage.spec
     settings: StageConfig = config.ladder[stage.position]
+    model = config.model_of(settings)
     if (number := stop()) is not None:
         raise Interrupted(number)
     workdir = store.workdir(spec.key)
@@ -179,7 +203,7 @@ def _work(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None]) -
     started = json.loads(resume["started"]) if resume else {}
     device = _set_up(config.runtime, started, ladder, stage)
     log.debug("phase data")
-    data = load_data(config.data.name, json.dumps(config.data.options, sort_keys=True))
+    data = _data(config)
     parents = {role: _parent(store, key, stage) for role, key in spec.parents.items()}
     epochs = settings.train.epochs
     done = len(json.loads(resume["history"])) if resume else 0
@@ -202,7 +226,7 @@ def _work(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None]) -
             started={"device": str(device), "threads": torch.get_num_threads()},
         ),
         resume=resume,
-        weights=Path(config.model.weights or "") if spec.options["weights"] else None,
+        weights=Path(model.weights) if model.weights and spec.options["weights"] else None,
     )
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
@@ -289,6 +313,10 @@ def _as_stage_error(stage: PlannedStage, store: Store, error: Exception) -> Bitl
             stage.name, "the device is out of memory", "give data.batch_size a smaller value"
         )
     return StageError(stage.name, f"{type(error).__name__}: {error}")
+
+
+def _data(config: RunConfig) -> DataBundle:
+    return load_data(config.data.name, json.dumps(config.data.options, sort_keys=True))
 
 
 @lru_cache(maxsize=2)

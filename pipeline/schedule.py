@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from .config import ScheduleConfig
+from .config_distill import ScheduledWeight
 
 
 def lr_factor(schedule: ScheduleConfig, step: int, steps: int, steps_per_epoch: int) -> float:
@@ -38,3 +39,10 @@ def annealed(start: float, final: float, progress: float, *, warmup: float) -> f
         return start
     done = (progress - warmup) / (1 - warmup)
     return final + (start - final) * (1 + math.cos(math.pi * done)) / 2
+
+
+def weight_at(weight: float | ScheduledWeight, progress: float) -> float:
+    """A loss's weight, constant or moving, at a fraction of the stage done."""
+    if isinstance(weight, ScheduledWeight):
+        return annealed(weight.start, weight.final, progress, warmup=weight.warmup)
+    return weight

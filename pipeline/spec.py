@@ -22,7 +22,9 @@ class StageSpec:
     Attributes:
         kind: name in the stage registry.
         options: JSON values.
-        parents: role ("init", "teacher") -> key of the stage that plays it.
+        parents: role -> key of the stage that plays it. Roles are "init"; "teacher", or of several
+            "teacher-0" and so on in ladder order; "candidate-0" and so on where the stage is to
+            choose its teacher among them.
     """
 
     kind: str
@@ -51,7 +53,7 @@ class PlannedStage:
     name: str
     position: int
     spec: StageSpec
-    teacher: str | None  # names of other rungs, for people
+    teacher: str | None  # names of other rungs, for people: "fp32, w8a8", "best of fp32, w8a8"
     parent: str | None
 
     @property
@@ -62,17 +64,33 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class Plan:
-    """A ladder ready to run: its stages in order, parents before children."""
+    """A ladder ready to run: its stages in order, parents before children.
+
+    Attributes:
+        identity: what the run's id is the digest of, where it is not the stages: those of an
+            automatic ladder are not all known when it begins.
+        complete: whether no stage will follow.
+        notes: of an automatic ladder, for each stage why it is run and what came of it.
+    """
 
     name: str
     stages: tuple[PlannedStage, ...]
     config: RunConfig
+    identity: Any = None
+    complete: bool = True
+    notes: tuple[str, ...] = ()
 
     @property
     def run(self) -> str:
         """The run's id: its name and 8 hex digits of its plan."""
         stages = [[stage.name, stage.key] for stage in self.stages]
-        return f"{self.name}-{digest(stages)[:8]}"
+        return f"{self.name}-{digest(self.identity or stages)[:8]}"
+
+
+def model_text(model: Mapping[str, Any]) -> str:
+    """A network for people: its name, and its options where it has any."""
+    options = ", ".join(f"{key}={value}" for key, value in model["options"].items())
+    return f"{model['name']}({options})" if options else str(model["name"])
 
 
 def digest(value: Any) -> str:

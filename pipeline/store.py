@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -46,7 +47,7 @@ class Store:
         self.root = Path(root)
         self.stages = self.root / "stages"
         self.reports = self.root / "reports"
-        self._url = url
+        self.url = url
         self._index: Index | None = None
 
     # -- stages ----------------------------------------------------------------------------
@@ -158,12 +159,23 @@ class Store:
         sync_folder(self.stages)
         self._ask(lambda index: index.remove_stages([folder.name]))
 
-    def fail(self, key: str, error: str) -> None:
-        """Notes why a stage stopped, beside its work."""
+    def fail(self, key: str, error: str, *, diverged: bool = False) -> None:
+        """Notes why a stage stopped, beside its work, and whether its loss was not finite."""
         try:
-            write_json(self.workdir(key) / _ERROR, {"error": error, "time": now()})
+            note = {"error": error, "time": now(), "diverged": diverged}
+            write_json(self.workdir(key) / _ERROR, note)
         except OSError as problem:  # no space or a read-only store: the error itself is said anyway
             log.warning("could not note the failure in the store: %s", problem)
+
+    def diverged(self, key: str) -> str | None:
+        """In what a stage that is not done diverged, if that is why it stopped."""
+        if (self.stages / key / MANIFEST).is_file():
+            return None
+        try:
+            note = read_json(self.stages / f"{key}.part" / _ERROR)
+        except (OSError, TornFileError):
+            return None
+        return str(note["error"]) if note.get("diverged") else None
 
     # -- locks -----------------------------------------------------------------------------
 
@@ -185,7 +197,7 @@ class Store:
             raise StoreError(store_problem(self.root, error), exit_code=1) from None
         try:
             if not (self.stages / key).is_dir():
-                self.workdir(key)
+                (self.stages / f"{key}.part").mkdir(exist_ok=True)
                 lock.sign()
             yield
         finally:
@@ -201,9 +213,15 @@ class Store:
     # -- runs ------------------------------------------------------------------------------
 
     def register(self, plan: Plan) -> Run:
-        """Writes a run down before anything of it is trained."""
+        """Writes a run down before anything of it is trained; later, with the stages found since.
+
+        An automatic ladder whose records are not all whole is planned anew as far as they are: it
+        keeps what it had beyond, until it is known that something else comes there.
+        """
         known = self._read_run(plan.run)
         run = Run.of(plan, created=known.created if known else now())
+        if known and not plan.complete and known.begins_with(run):
+            run = replace(run, stages=known.stages)
         self._make()
         folder = self.reports / run.run
         folder.mkdir(parents=True, exist_ok=True)
@@ -305,7 +323,7 @@ class Store:
     def index(self) -> Index:
         """The SQL index, opened at first use and brought up to what the folders hold."""
         if self._index is None:
-            return self._brought_up(Index(self.root, self._url))
+            return self._brought_up(Index(self.root, self.url))
         return self._index
 
     def _ask(self, act: Callable[[Index], T]) -> T:

@@ -41,9 +41,10 @@ from sqlalchemy.pool import NullPool
 
 from .errors import StoreError
 from .record import StageRecord
+from .spec import model_text
 
 log = logging.getLogger(__name__)
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _metadata = MetaData()
 
 # Columns of a stage, in the order of every report. What a stage does not have is null.
@@ -69,6 +70,8 @@ STAGE_COLUMNS: dict[str, type] = {
     "seconds": float,
     "images_per_second": float,
     "device": str,
+    "model": str,
+    "teacher_chosen": str,  # the key of the stage that `teacher: best` came to
 }
 _TYPES: dict[type, Any] = {int: BigInteger, float: Float, str: String}
 
@@ -243,7 +246,8 @@ class Index:
 
     def add_stage(self, record: StageRecord) -> None:
         """Writes a stage and its files, done in every run; a second time changes nothing."""
-        row = {name: record.metrics.get(name) for name in STAGE_COLUMNS}
+        known = {"model": model_text(record.network), **record.metrics}
+        row = {name: known.get(name) for name in STAGE_COLUMNS}
         with self._begin() as connection:
             connection.execute(delete(_artifacts).where(_artifacts.c.stage == record.key))
             connection.execute(delete(_stages).where(_stages.c.key == record.key))

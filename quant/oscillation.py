@@ -234,8 +234,12 @@ class OscillationTracker(nn.Module):
         )
         for name in _FIELDS:
             setattr(self, name, getattr(state, name))
-        if threshold is None:
-            return
+        if threshold is not None:
+            self.hold()
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Puts frozen weights that have left their codes back; those that cannot be, it lets go."""
         codes = self._split(self.frozen_codes)
         for name, frozen in self._split(self.frozen).items():
             layer, quantizer = self._layers[name]

@@ -26,11 +26,13 @@ MAY_IMPORT = {
 HOMES = {
     "prefect": ("flows/*",),
     "sqlalchemy": ("pipeline/store*",),
-    "pydantic": ("pipeline/config*", "pipeline/plan*"),
+    "pydantic": ("pipeline/config*", "pipeline/plan*", "pipeline/study/config.py"),
     "yaml": ("pipeline/config*", "pipeline/plan*", "pipeline/yaml_reader.py"),
-    "pandas": ("pipeline/report*",),
+    "pandas": ("pipeline/report*", "pipeline/study/*"),
+    "scipy": ("pipeline/study/statistics.py",),
+    "matplotlib": ("pipeline/study/figure.py",),
 }
-HEAVY = {"torchvision", "prefect", "pandas", "matplotlib", "sklearn"}  # up to seconds each
+HEAVY = {"torchvision", "prefect", "pandas", "matplotlib", "scipy", "sklearn"}  # up to seconds each
 MAX_LINES = 400
 # not inside a longer path or word: only what begins at the root of a file system
 MACHINE_PATHS = re.compile(r"(?<![\w.*-])/(?:work|root|tmp/(?:bash|dev))\b|\.\./shared")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import LOSSES, Step
+from .base import LOSSES, Step, log_probabilities, positive
 
 
 @LOSSES.register("cross_entropy")
@@ -34,7 +34,7 @@ class KLDivergence(nn.Module):
 
     def __init__(self, *, temperature: float = 1.0) -> None:
         super().__init__()
-        self.temperature = _positive(temperature)
+        self.temperature = positive(temperature)
 
     def forward(self, step: Step) -> Tensor:
         """Scalar, in nats times T squared."""
@@ -54,7 +54,7 @@ class MeanKLDivergence(nn.Module):
 
     def __init__(self, *, temperature: float = 1.0) -> None:
         super().__init__()
-        self.temperature = _positive(temperature)
+        self.temperature = positive(temperature)
 
     def forward(self, step: Step) -> Tensor:
         """Scalar, in nats times T squared, per class."""
@@ -75,29 +75,15 @@ class DistributionLoss(nn.Module):
 
     def __init__(self, *, temperature: float = 1.0) -> None:
         super().__init__()
-        self.temperature = _positive(temperature)
+        self.temperature = positive(temperature)
 
     def forward(self, step: Step) -> Tensor:
         """Scalar, in nats times T squared."""
-        student, teacher = _log_probabilities(step, "distribution", self.temperature)
+        student, teacher = log_probabilities(step, "distribution", self.temperature)
         return -(teacher.exp() * student).sum(dim=1).mean() * self.temperature**2
 
 
 def _divergence(step: Step, name: str, temperature: float) -> Tensor:
     """KL divergence from the softened teacher to the student, mean over the batch, in nats."""
-    student, teacher = _log_probabilities(step, name, temperature)
+    student, teacher = log_probabilities(step, name, temperature)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-def _log_probabilities(step: Step, name: str, temperature: float) -> tuple[Tensor, Tensor]:
-    """Of the student and of the teacher, (N, K), float32 whatever the logits are."""
-    if step.teacher_logits is None:
-        raise ValueError(f"the loss {name!r} needs a teacher")
-    student = F.log_softmax(step.logits.float() / temperature, dim=1)
-    return student, F.log_softmax(step.teacher_logits.float() / temperature, dim=1)
-
-
-def _positive(temperature: float) -> float:
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, not {temperature}")
-    return temperature

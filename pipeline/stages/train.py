@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -15,15 +16,18 @@ from ...quant.metrics import bit_operations, ideal_bytes, layer_report
 from ...quant.policy import QuantizerChoice, plan_as_dict
 from ...quant.probing import Probe, probe
 from ...quant.swap import apply_plan, float_state_dict, layer_plan, unquantized
-from ..config import BinRegularizationConfig, Component, OscillationConfig, StageConfig
+from ..config import BinRegularizationConfig, OscillationConfig, StageConfig
+from ..config_section import Component
 from ..data.split import Batch
 from ..errors import StageError
 from ..evaluate import evaluate
+from ..features import FeatureTerm, build_features
 from ..fit import EVALUATION_BATCH, fit, oscillation_shares
 from ..learner import Learner, Objective
 from ..network import build_network, describe_network, load_network, load_teacher
+from ..parents import teachers_among
 from ..policy import choose_quantizer, policy_of
-from ..record import METRICS, MODEL
+from ..record import METRICS, MODEL, PROJECTIONS
 from ..tensors import write_tensors
 from .base import STAGES, StageContext, StageOutput
 
@@ -48,14 +52,15 @@ def train(context: StageContext) -> StageOutput:
         load_weights(student, context.weights, key_map=context.spec.options["key_map"])
     student.to(device)
     facts = probe(student, calibration[:PROBE_BATCHES])
+    above, chosen = teachers_among(context.parents)
+    teachers = [load_teacher(context.store, record, device) for record in above]
+    features = _features(student, teachers, calibration, context)
     student = _quantize(student, parent, facts, network, context, calibration)
-    teacher = None
-    if "teacher" in context.parents:
-        teacher = load_teacher(context.store, context.parents["teacher"], device)
-    distill = stage.distill if teacher is not None else None
-    objective = Objective(stage.train, distill, BinRegularizationConfig(), OscillationConfig())
-    if not stage.full_precision:
-        objective = Objective(stage.train, distill, stage.bin_regularization, stage.oscillation)
+    distill = stage.distill if teachers else None
+    bins, oscillation = stage.bin_regularization, stage.oscillation
+    if stage.full_precision:
+        bins, oscillation = BinRegularizationConfig(), OscillationConfig()
+    objective = Objective(stage.train, distill, bins, oscillation, features)
     learner = Learner(student, objective)
     learner.to(device)
     if stage.oscillation.freezes and learner.tracker is None and not stage.full_precision:
@@ -65,7 +70,7 @@ def train(context: StageContext) -> StageOutput:
         learner.load_state_dict(context.resume["learner"], strict=True)
     history = fit(
         learner,
-        teacher,
+        teachers,
         data,
         stage,
         context.around,
@@ -80,11 +85,16 @@ def train(context: StageContext) -> StageOutput:
         again = data.train.calibration(batch_size, count, seed=seed, device=device)
         reestimate_batch_norm(student, again)
     write_tensors(context.around.workdir / MODEL, student.state_dict())
+    files: tuple[str, ...] = (MODEL, METRICS)
+    if features is not None and (learned := features.projections()):
+        write_tensors(context.around.workdir / PROJECTIONS, learned)
+        files = (*files, PROJECTIONS)
     metrics = _measure(student, facts, context, history, calibration)
     metrics |= oscillation_shares(learner)
     _note_oscillation(metrics["layers"], learner)
+    metrics |= {"teacher_chosen": above[0].key} if chosen else {}
     metrics["seconds_here"] = round(time.monotonic() - began, 3)
-    return StageOutput((MODEL, METRICS), network, metrics)
+    return StageOutput(files, network, metrics)
 
 
 def data_batch(context: StageContext) -> int:
@@ -96,6 +106,41 @@ def _parent(context: StageContext) -> nn.Module | None:
     if "init" not in context.parents:
         return None
     return load_network(context.store, context.parents["init"], context.device)
+
+
+def _features(
+    student: nn.Module,
+    teachers: Sequence[nn.Module],
+    calibration: Sequence[Batch],
+    context: StageContext,
+) -> FeatureTerm | None:
+    """The losses between inner layers, from the student before it is quantized: the same layers.
+
+    Raises:
+        StageError: there is no such layer, or two cannot be compared.
+    """
+    distill = context.stage.distill
+    if distill.features is None or not distill.follows_features or not teachers:
+        return None
+    own = distill.features
+    try:
+        return build_features(
+            own.name,
+            own.options,
+            layers=own.layers,
+            teacher_layers=own.teacher_layers or own.layers,
+            student=student,
+            teachers=teachers,
+            images=calibration[0][0][:2],
+            seed=context.spec.options["seed"],
+        )
+    except ValueError as error:
+        raise StageError(
+            context.around.name,
+            f"distill.features: {error}",
+            "name layers under distill.features.layers, and those of a teacher with other names "
+            "under distill.features.teacher_layers",
+        ) from None
 
 
 def _quantize(

@@ -17,7 +17,8 @@ torch.set_num_threads(1)
 network = {network!r}
 model = build_network(network, seed=0)
 for _ in range(20):
-    model(torch.randn(64, 1, 8, 8)).square().sum().backward()
+    images = torch.randn(64, 8, 8, network["in_channels"]).permute(0, 3, 1, 2)  # as data give them
+    model(images).square().sum().backward()
 """
 
 
@@ -31,7 +32,19 @@ def test_a_network_is_channels_last_where_that_is_safe(width, last):
     assert weight.is_contiguous(memory_format=torch.channels_last) is last
 
 
-def test_a_very_narrow_network_trains_on_one_thread():
-    code = TRAIN.replace("{network!r}", repr(network(4)))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_very_narrow_network_runs_channels_first_whatever_the_strides_of_its_images(channels):
+    model = build_network({**network(4), "in_channels": channels}, seed=0)
+    seen = []
+    model.conv1.register_forward_hook(lambda _, args, y: seen.append(y))
+    images = torch.randn(2, 8, 8, channels).permute(0, 3, 1, 2)
+    first, last = model(images.clone(memory_format=torch.contiguous_format)), model(images)
+    assert all(y.stride() == (256, 64, 8, 1) for y in seen)
+    assert torch.equal(first, last)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_very_narrow_network_trains_on_one_thread(channels):
+    code = TRAIN.replace("{network!r}", repr({**network(4), "in_channels": channels}))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

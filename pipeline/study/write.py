@@ -1,0 +1,83 @@
+"""A study told to people: the tables as text, and its files in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING
+
+from ..errors import StoreError, store_problem
+from ..files import write_atomic
+from ..store import Store
+from ..study_record import study_folder
+from .figure import draw
+from .people import choice_text, comparison_table, notes, stage_tables
+from .results import results
+from .tables import Tables, tables
+from .trials import Study
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+WIDTH = 100  # letters of a line of the terminal; tables take what they need
+FILES = ("values.csv", "summary.csv", "comparisons.csv", "study.md", "study.png", "study.svg")
+
+
+def write_study(study: Study, store: Store) -> list[Path]:
+    """Writes tables and figure, as far as the study has come; each file is whole or not there.
+
+    Raises:
+        StoreError: the store cannot be written.
+    """
+    found = tables(study, results(study, store))
+    contents = {
+        "values.csv": _csv(found.rows),
+        "summary.csv": _csv(found.summary),
+        "comparisons.csv": _csv(found.comparisons),
+        "study.md": _markdown(study, store, found).encode(),
+        **{f"study.{form}": data for form, data in draw(study, found).items()},
+    }
+    folder = study_folder(store, study.id)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            write_atomic(folder / name, contents[name])
+    except OSError as error:
+        raise StoreError(store_problem(store.root, error)) from None
+    return [folder / name for name in FILES]
+
+
+def text(study: Study, store: Store) -> str:
+    """The tables for a terminal, and what one must know to read them."""
+    found = tables(study, results(study, store))
+    parts = [study.id, "\n".join(fill(note, WIDTH) for note in notes(study, store, found))]
+    for title, table in _titled(study, found):
+        parts.append(f"{title}\n{table.to_string(index=False)}")
+    if found.choice is not None:
+        lines = choice_text(study, found.choice).splitlines()
+        parts.append("\n".join(fill(line, WIDTH) for line in lines))
+    return "\n\n".join(parts)
+
+
+def _markdown(study: Study, store: Store, found: Tables) -> str:
+    parts = [f"# {study.id}", "\n".join(f"- {note}" for note in notes(study, store, found))]
+    for title, table in _titled(study, found):
+        body = table.to_markdown(index=False, disable_numparse=True)
+        parts.append(f"## {title}\n\n{body}")
+    if found.choice is not None:
+        parts.append(f"## Choice\n\n{choice_text(study, found.choice)}")
+    parts.append("![Every value, and the mean with its interval, by arm and stage](study.svg)")
+    return "\n\n".join(parts) + "\n"
+
+
+def _titled(study: Study, found: Tables) -> Iterator[tuple[str, pd.DataFrame]]:
+    for stage, table in stage_tables(study, found).items():
+        yield f"Stage {stage}: test top-1 in %", table
+    for family in dict.fromkeys(c.family for c in study.comparisons):
+        table = comparison_table(found.comparisons, family)
+        yield f"Family {family}: paired differences of test top-1 in points", table
+
+
+def _csv(frame: pd.DataFrame) -> bytes:
+    return frame.to_csv(index=False, lineterminator="\n").encode()
