@@ -22,7 +22,7 @@ class Row:
         quantizer: the method that the row is about.
         bits: of weights and of activations.
         weight, activation: the methods of the two sides. Where `quantizer` refuses one, that side
-            has what `auto` means at the width: LSQ, and UniQ at one bit.
+            has what `auto` means at the width: LSQ; UniQ at 1 bit, min-max at 16.
         signed: whether the row stands in a network whose layers see values below zero.
     """
 

@@ -193,11 +193,11 @@ def bare_loop(
     device: torch.device,
 ) -> None:
     """Nothing but steps."""
-    import torch
     from bitladder.pipeline.fit import freeze_scales
     from bitladder.pipeline.learner import Learner, Objective
     from bitladder.pipeline.optimizer import build_optimizer, global_norm_clip, set_lr
     from bitladder.pipeline.schedule import lr_factor
+    from bitladder.pipeline.teachers import teach
 
     distill = stage.distill if teacher is not None else None
     objective = Objective(stage.train, distill, stage.bin_regularization, stage.oscillation)
@@ -217,10 +217,9 @@ def bare_loop(
                 freeze_scales(student, bins.freeze_activation_scale, "input_quantizer")
                 frozen = True
             set_lr(optimizer, lr_factor(stage.train.schedule, step, steps, per_epoch))
-            with torch.no_grad():
-                teacher_logits = teacher(x) if teacher is not None else None
+            taught = teach([teacher] if teacher is not None else [], x)
             learner.before_step(progress)
-            learner(x, targets, teacher_logits, progress)["total"].backward()
+            learner(x, targets, taught, progress)["total"].backward()
             if stage.train.clip_grad_norm is not None:
                 global_norm_clip(learner, stage.train.clip_grad_norm)
             optimizer.step()

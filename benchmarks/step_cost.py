@@ -138,7 +138,7 @@ def make_step(row: Row | None, signed: bool, args: argparse.Namespace) -> Callab
 
     def step() -> None:
         learner.before_step(0.5)
-        loss: Tensor = learner(images, targets, None, 0.5)["total"]
+        loss: Tensor = learner(images, targets, (), 0.5)["total"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -12,7 +12,7 @@ from ..models import MODELS
 from ..pipeline.config_load import shipped_configs
 from ..pipeline.data import DATASETS
 from ..pipeline.errors import ConfigError
-from ..pipeline.losses import LOSSES
+from ..pipeline.losses import FEATURE_LOSSES, LOSSES
 from ..pipeline.stages import STAGES
 from ..quant.catalogue import USUAL_BITS, catalogue, default_text, quantizer_facts, type_text
 from ..quant.quantizers import QUANTIZERS
@@ -28,12 +28,16 @@ from .quantizer_pages import (
 )
 from .tables import markdown_table, print_table, table_of
 
-KINDS: dict[str, Registry[Any]] = {
-    "quantizers": QUANTIZERS,
-    "models": MODELS,
-    "data": DATASETS,
-    "losses": LOSSES,
-    "stages": STAGES,
+# of each kind one registry or more, under the titles of their tables
+KINDS: dict[str, dict[str, Registry[Any]]] = {
+    "quantizers": {"quantizers": QUANTIZERS},
+    "models": {"models": MODELS},
+    "data": {"data": DATASETS},
+    "losses": {
+        "losses: on logits, distill.loss": LOSSES,
+        "losses: on inner layers, distill.features": FEATURE_LOSSES,
+    },
+    "stages": {"stages": STAGES},
 }
 Form = Literal["table", "markdown"]
 
@@ -48,7 +52,9 @@ def show_components(kind: str | None, name: str | None, form: Form = "table") ->
     if kind is not None and kind not in known:
         raise ConfigError([unknown("kind of part", kind, known)])
     if kind is not None and name is not None:
-        names = shipped_configs() if kind == "configs" else KINDS[kind]
+        names = list(shipped_configs())
+        if kind != "configs":
+            names = [known for registry in KINDS[kind].values() for known in registry]
         if name not in names:
             raise ConfigError([unknown(kind, name, names)])
         _one(kind, name, form)
@@ -59,19 +65,29 @@ def show_components(kind: str | None, name: str | None, form: Form = "table") ->
     for each in known if kind is None else (kind,):
         if each == "quantizers" and form == "table":
             _quantizers()
+        elif each == "configs":
+            _print(each, *_configs(), form=form)
         else:
-            _print(each, *_parts(each), form=form)
+            for title, registry in KINDS[each].items():
+                _print(title, *_parts(registry), form=form)
 
 
-def _parts(kind: str) -> tuple[Sequence[str], list[Sequence[str]]]:
-    """Columns and rows of one kind."""
-    if kind == "configs":
-        opening = {
-            name: path.read_text(encoding="utf-8").partition("\n")[0]
-            for name, path in shipped_configs().items()
-        }
-        return ("name", "what it is"), [(n, line.lstrip("# ")) for n, line in opening.items()]
-    entries = [KINDS[kind][name] for name in KINDS[kind]]
+def _configs() -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Columns and rows, from the first line of each config.
+
+    It is `# bitladder run NAME OPTIONS    WHAT IT IS`, with four spaces where the command ends.
+    """
+    rows: list[Sequence[str]] = []
+    for name, path in shipped_configs().items():
+        command, _, what = path.read_text(encoding="utf-8").partition("\n")[0].partition("    ")
+        needs = command.removeprefix(f"# bitladder run {name}").lstrip("# ")
+        rows.append((name, what.strip(), needs))
+    return ("name", "what it is", "needs"), rows
+
+
+def _parts(registry: Registry[Any]) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Columns and rows of the parts of one registry."""
+    entries = [registry[name] for name in registry]
     return ("name", "what it is", "options", "source"), [
         (entry.name, entry.summary, ", ".join(entry.options()), entry.source) for entry in entries
     ]
@@ -106,7 +122,7 @@ def _one(kind: str, name: str, form: Form) -> None:
     if kind == "quantizers" and form == "markdown":
         print(quantizer_page(quantizer_facts(name)), end="")
         return
-    entry = KINDS[kind][name]
+    entry = next(registry[name] for registry in KINDS[kind].values() if name in registry)
     Console().print(f"[bold]{entry.name}[/bold]", highlight=False)
     print(inspect.getdoc(entry.factory))
     if kind == "quantizers":

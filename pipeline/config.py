@@ -87,7 +87,7 @@ class PolicyConfig(Section):
 
 
 class QuantizerConfig(Section):
-    """The method for weights and for activations; `auto` is LSQ, and UniQ at one bit."""
+    """The method for weights and for activations; `auto` is LSQ; at 1 bit UniQ, at 16 min-max."""
 
     weight: Component = Component(name="auto")
     activation: Component = Component(name="auto")

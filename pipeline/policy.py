@@ -9,10 +9,14 @@ from .config_section import Component
 
 
 def choose_quantizer(choice: Component, bits: int) -> Component:
-    """`auto` made definite: LSQ, and at one bit UniQ, which is what LSQ would be there."""
+    """`auto` made definite: LSQ, but UniQ at one bit, which is what LSQ would be there.
+
+    At 16 bits it is the range itself: LSQ's step has a gradient of 1 / sqrt(32767), too small to
+    follow weights that grow from a fresh start.
+    """
     if choice.name != "auto":
         return choice
-    return Component(name="uniq" if bits == 1 else "lsq")
+    return Component(name={1: "uniq", 16: "range_linear"}.get(bits, "lsq"))
 
 
 def policy_of(stage: StageConfig) -> QuantPolicy:

@@ -10,9 +10,10 @@ from bitladder.flows.quantizer_pages import overview_row, quantizer_pages
 from bitladder.models import MODELS
 from bitladder.pipeline.config_load import load_config, parse_config, shipped_configs
 from bitladder.pipeline.data import DATASETS
-from bitladder.pipeline.losses import LOSSES
+from bitladder.pipeline.losses import FEATURE_LOSSES, LOSSES
 from bitladder.pipeline.plan import make_plan
 from bitladder.pipeline.stages import STAGES
+from bitladder.pipeline.study import load_study, shipped_studies
 from bitladder.pipeline.yaml_reader import read_yaml
 from bitladder.quant.catalogue import catalogue
 from bitladder.quant.quantizers import QUANTIZERS
@@ -25,7 +26,10 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
 
 
-@pytest.mark.parametrize("registry", [DATASETS, LOSSES, STAGES, QUANTIZERS], ids=lambda r: r.kind)
+REGISTRIES = [DATASETS, LOSSES, FEATURE_LOSSES, STAGES, QUANTIZERS]
+
+
+@pytest.mark.parametrize("registry", REGISTRIES, ids=lambda r: r.kind)
 def test_the_readme_names_every_part(registry):
     assert [name for name in registry if f"`{name}`" not in README] == []
 
@@ -47,6 +51,10 @@ def test_the_readme_names_every_shipped_config():
     assert [name for name in shipped_configs() if f"`{name}`" not in README] == []
 
 
+def test_the_readme_names_every_shipped_study():
+    assert [name for name in shipped_studies() if f"`{name}`" not in README] == []
+
+
 def test_a_shipped_config_opens_with_its_command():
     for name, path in shipped_configs().items():
         assert path.read_text(encoding="utf-8").startswith(f"# bitladder run {name} ")
@@ -62,13 +70,22 @@ def test_the_readme_s_table_of_quantizers_has_the_widths_of_the_code():
     assert sorted(found) == [overview_row(facts)[:4] for facts in catalogue()]
 
 
-def test_the_ladder_in_the_readme_loads():
-    text, _ = blocks("yaml")
-    assert len(parse_config(read_yaml(text, "README.md")).ladder) == 5
+def test_the_ladders_in_the_readme_load():
+    ladders = [text for text in blocks("yaml") if "\nladder:" in text]
+    configs = [parse_config(read_yaml(text, "README.md")) for text in ladders]
+    assert [len(config.ladder) for config in configs] == [5, 5, 0]
+    assert configs[2].auto is not None
+
+
+def test_the_study_in_the_readme_loads(tmp_path):
+    (text,) = [block for block in blocks("yaml") if "\narms:" in block]
+    (tmp_path / "study.yaml").write_text(text, encoding="utf-8")
+    study = load_study(tmp_path / "study.yaml")
+    assert len(study.trials) == 5 * 5 * 5
 
 
 def test_the_rung_in_the_readme_loads():
-    _, text = blocks("yaml")
+    (text,) = [block for block in blocks("yaml") if block.startswith("weight_bits")]
     rungs = [{"weight_bits": 32, "activation_bits": 32}, read_yaml(text, "README.md")]
     rung = parse_config({"name": "readme", "ladder": rungs}).ladder[1]
     assert rung.quantizer.weight.options == {"method": "lsq"}

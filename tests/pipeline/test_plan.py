@@ -117,3 +117,8 @@ def test_first_and_last_layers_enter_a_key_as_they_come_out(tiny):
     named = {"first_last_bits": 4, "first_last_activation": "lsq"}  # what auto is there
     assert keys(tiny(ladder=RUNGS[:2], policy=named)) == four
     assert keys(tiny(ladder=RUNGS[:2])) != four
+
+
+@pytest.mark.parametrize(("bits", "method"), [(1, "uniq"), (2, "lsq"), (16, "range_linear")])
+def test_auto_is_the_method_for_the_width(bits, method):
+    assert choose_quantizer(Component(name="auto"), bits).name == method
