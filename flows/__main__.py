@@ -134,6 +134,71 @@ def report(
 
 
 @app.command()
+def study(
+    config: Annotated[str, typer.Argument(help="A shipped study by name, or a YAML file.")],
+    set_: SetOption = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            "-w",
+            min=1,
+            help="Trials at a time; default: one for each core, on a GPU one.",
+        ),
+    ] = None,
+    runner: Annotated[
+        Literal["processes", "dask", "ray"],
+        typer.Option(help="Where they run; dask and ray are extras: bitladder\\[dask]."),
+    ] = "processes",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="A Dask or Ray cluster that runs, and sees the store under the same path; "
+            "default: one of --workers on this machine.",
+            metavar="URL",
+        ),
+    ] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Print the tables of what is there; run nothing.")
+    ] = False,
+    store: StoreOption = DEFAULT_STORE,
+    database: DatabaseOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Compare ladders: run arms x seeds in parallel, and tell which differences are real.
+
+    bitladder study my.yaml --workers 4
+    bitladder study my.yaml --report-only
+
+    A study is a ladder (base) with changes (arms), each run with several seeds:
+
+    \b
+      name: which-teacher
+      base: digits
+      seeds: 5
+      arms:
+        none:     {set: {distill: {weight: 0}}}
+        previous: {}
+        fp32:     {set: {distill: {teacher: fp32}}}
+      families:
+        teachers: [{arm: previous, against: none}, {arm: fp32, against: none}]
+
+    A trial is one arm with one seed. What trials share is trained once.
+    Stopped, killed or with an arm changed, the same command trains only what
+    is missing. A trial whose loss becomes not finite counts as diverged, at
+    chance, and is not tried again.
+
+    Several workers train with one thread each. That number decides the last
+    bits of a result: for the same bits with any --workers, set
+    runtime.threads in the base.
+    """
+    from .study_run import StudyRun, run_study, show_study
+
+    asked = StudyRun(config, tuple(set_ or ()), runner, workers, address)
+    (show_study if report_only else run_study)(asked, _open(store, database, verbose))
+
+
+@app.command()
 def evaluate(
     run: RunArgument = None,
     stage: Annotated[

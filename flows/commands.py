@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from ..pipeline.auto_ladder import is_over
 from ..pipeline.errors import ConfigError, StoreError
 from ..pipeline.record import CHECKPOINT
 from ..pipeline.run import Run
 from ..pipeline.store import Store
+from ..pipeline.study_record import StudyRecord, damaged_studies, study_records, study_state
 from .resume_command import resume_command
 from .tables import coloured, fits, print_table, table_of
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from ..pipeline.spec import Plan
 
 # what a terminal too narrow for the report does without, the first one first
-_DISPENSABLE = ("Gbitops", "epochs", "size kB", "seconds", "val %", "levels", "teacher")
+_DISPENSABLE = ("Gbitops", "epochs", "size kB", "seconds", "val %", "levels", "teacher", "model")
 
 
 def run_config(source: str, overrides: Sequence[str], store: Store, runner: str) -> None:
@@ -33,8 +35,8 @@ def run_config(source: str, overrides: Sequence[str], store: Store, runner: str)
 
 def resume_run(name: str | None, store: Store, runner: str) -> None:
     """`bitladder resume`."""
+    from ..pipeline.auto_plan import plan_so_far
     from ..pipeline.config_load import parse_config
-    from ..pipeline.plan import make_plan
 
     if name is None:
         runs = store.runs()
@@ -45,12 +47,15 @@ def resume_run(name: str | None, store: Store, runner: str) -> None:
         if not unfinished:
             every = "every ladder in the store is done" if runs else f"no ladder in {store.root}"
             print(f"nothing to resume: {every}")
+            for study in study_records(store):
+                if study_state(store, study)[0] != "done":
+                    print(f"{study.study} is not finished; go on with: {study.command}")
             return
         run = unfinished[-1]
     else:
         run = store.run(name)
     config = parse_config(run.config)
-    plan = make_plan(config)
+    plan = plan_so_far(config, store.read)
     print(f"resuming {run.run}", file=sys.stderr)
     if plan.run != run.run:
         print(f"{_changed(run, plan)}; it goes on as {plan.run}", file=sys.stderr)
@@ -68,9 +73,13 @@ def _whole(store: Store, run: Run) -> bool:
 def _changed(run: Run, plan: Plan) -> str:
     """What makes a stored ladder another one now, though its config is the same."""
     names = {"model": "the model's code", "weights": "model.weights", "data": "the data"}
-    before = run.stages[0]["spec"]["options"]
-    now = plan.stages[0].spec.options
-    changed = [text for key, text in names.items() if before.get(key) != now[key]]
+    both = zip(run.stages, plan.stages, strict=False)
+    pairs = [(stored["spec"]["options"], stage.spec.options) for stored, stage in both]
+    changed = [
+        text
+        for key, text in names.items()
+        if any(before.get(key) != now[key] for before, now in pairs)
+    ]
     return f"{' and '.join(changed) or 'the code of its parts'} changed since it was stored"
 
 
@@ -87,33 +96,51 @@ def _run(config: Any, store: Store, runner: str) -> None:
 
 def show_plan(source: str, overrides: Sequence[str], store: Store) -> None:
     """`bitladder plan`."""
+    from ..pipeline.auto_plan import plan_so_far
     from ..pipeline.config_load import load_config
-    from ..pipeline.plan import make_plan
+    from ..pipeline.spec import model_text
 
-    plan = make_plan(load_config(source, overrides))
+    plan = plan_so_far(load_config(source, overrides), store.read)
     print(plan.run)
-    columns = ("stage", "kind", "key", "starts from", "teacher", "epochs", "state")
+    models = [model_text(stage.spec.options["model"]) for stage in plan.stages]
+    several = ("model",) if len(set(models)) > 1 else ()
+    columns = ("stage", "kind", *several, "key", "starts from", "teacher", "epochs", "state")
     table = table_of(columns, right=("epochs",))
-    for stage in plan.stages:
+    for stage, model in zip(plan.stages, models, strict=True):
+        rung = plan.config.ladder[stage.position]
+        file = plan.config.model_of(rung).weights if stage.spec.options["weights"] else None
         state, _ = store.state(stage.key)
         table.add_row(
             stage.name,
             stage.spec.kind,
+            *([model] if several else []),
             stage.key,
-            stage.parent or "scratch",
+            stage.parent or file or "scratch",
             stage.teacher or "none",
-            str(plan.config.ladder[stage.position].train.epochs),
+            str(rung.train.epochs),
             coloured(state, "partly done" if state == "interrupted" else None),
         )
     print_table(table)
+    for stage, note in zip(plan.stages, plan.notes, strict=False):
+        if note:
+            print(f"{stage.name}: {note}")
+    if not plan.complete:
+        print(f"what comes after {plan.stages[-1].name} depends on its result")
 
 
 def list_runs(store: Store) -> None:
     """`bitladder list`."""
-    runs = store.runs()
-    if not runs:
+    runs, studies = store.runs(), study_records(store)
+    if not runs and not studies:
         print(f"no ladder in {store.root} yet; start one with: bitladder run digits")
         return
+    if runs:
+        print_table(_runs(runs, store))
+    if studies:
+        print_table(_studies(studies, store))
+
+
+def _runs(runs: Sequence[Run], store: Store) -> Table:
     table = table_of(("run", "state", "done", "data", "model", "seed", "created"))
     for run in runs:
         states = [store.state(str(s["key"]))[0] for s in run.stages]
@@ -123,11 +150,27 @@ def list_runs(store: Store) -> None:
             coloured(state),
             f"{states.count('done')} of {len(states)}",
             run.config["data"]["name"],
-            run.config["model"]["name"],
+            ", ".join(dict.fromkeys(s["spec"]["options"]["model"]["name"] for s in run.stages)),
             str(run.config["seed"]),
             run.created[:16].replace("T", " "),
         )
-    print_table(table)
+    return table
+
+
+def _studies(studies: Sequence[StudyRecord], store: Store) -> Table:
+    table = table_of(("study", "state", "done", "diverged", "arms", "seeds", "created"))
+    for study in studies:
+        state, counts = study_state(store, study)
+        table.add_row(
+            study.study,
+            coloured(state),
+            f"{counts.get('done', 0)} of {len(study.trials)} trials",
+            str(counts.get("diverged", 0)),
+            str(len({trial["arm"] for trial in study.trials})),
+            str(len({trial["seed"] for trial in study.trials})),
+            study.created[:16].replace("T", " "),
+        )
+    return table
 
 
 def _state(store: Store, run: Run) -> str:
@@ -136,7 +179,8 @@ def _state(store: Store, run: Run) -> str:
     for state in ("running", "failed", "interrupted"):
         if state in states:
             return state
-    return "interrupted" if states != {"done"} else "done"
+    done = states == {"done"} and is_over(run, store.read)
+    return "done" if done else "interrupted"
 
 
 def show_report(names: Sequence[str], form: str, out: Path | None, store: Store) -> None:
@@ -171,27 +215,30 @@ def print_frame(frame: Any, store: Store) -> None:
     for run, states in frame.groupby("run", sort=False)["state"]:
         if "running" in set(states):
             print(f"{run} is running")
-        elif set(states) != {"done"}:
+        elif set(states) != {"done"} or not is_over(store.run(run), store.read):
             print(f"{run} is not finished; go on with: {resume_command(store, run)}")
 
 
 def _print_on_terminal(frame: Any) -> None:
-    from ..pipeline.report import people
+    from ..pipeline.report import note_lines, people
 
     shown = people(frame)
     if "run" not in shown:
         print(frame["run"].iloc[0])
+    dispensable = [column for column in _DISPENSABLE if column in shown]
     table, missing = _report_table(shown), 0
-    while not fits(table) and missing < len(_DISPENSABLE):
+    while not fits(table) and missing < len(dispensable):
         missing += 1
-        table = _report_table(shown.drop(columns=list(_DISPENSABLE[:missing])))
+        table = _report_table(shown.drop(columns=dispensable[:missing]))
     print_table(table)
     if missing:
-        print(f"(no room for {', '.join(_DISPENSABLE[:missing])})")
+        print(f"(no room for {', '.join(dispensable[:missing])})")
+    for line in note_lines(frame):
+        print(line)
 
 
 def _report_table(shown: Any) -> Table:
-    text = ("run", "stage", "state", "quantizer", "teacher")
+    text = ("run", "stage", "state", "model", "quantizer", "teacher")
     table = table_of(shown.columns, right=[c for c in shown.columns if c not in text])
     for row in shown.to_dict("records"):
         table.add_row(*(coloured(v) if c == "state" else v for c, v in row.items()))
@@ -315,7 +362,8 @@ def _removable(store: Store) -> list[tuple[Path, str]]:
         return []
     found = [(path, "half written by a process that was killed") for path in store.leftovers()]
     used = {str(stage["key"]) for run in store.runs() for stage in run.stages}
-    if store.damaged_runs():  # whose stages would seem to be nobody's
+    used |= {key for study in study_records(store) for key in study.keys}
+    if store.damaged_runs() or damaged_studies(store):  # whose stages would seem to be nobody's
         used |= {path.name.partition(".")[0] for path in store.stages.iterdir()}
     for path in sorted(store.stages.iterdir()):
         key, _, rest = path.name.partition(".")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from ..pipeline.config import RunConfig
@@ -12,7 +14,8 @@ from ..pipeline.events import Listener
 from ..pipeline.interruption import Interruption
 from ..pipeline.report import REPORTS, accuracy_report, write_report
 from ..pipeline.run import Run
-from ..pipeline.runner import Ladder, open_ladder, run_ladder, run_stage
+from ..pipeline.runner import Ladder, open_ladder, run_ladder, run_stage, stages_in_turn
+from ..pipeline.spec import PlannedStage
 from ..pipeline.store import Store
 from .prefect_ladder import run_flow
 from .prefect_server import temporary_api
@@ -48,6 +51,7 @@ def launch(config: RunConfig, store: Store, *, runner: str, listener: Listener) 
             error.add_note(f"what is done is kept; go on after mending the cause with: {command}")
         raise
     finally:
+        run = store.run(run.run)  # an automatic ladder has grown
         _write_reports(store, run)
     return run
 
@@ -55,26 +59,35 @@ def launch(config: RunConfig, store: Store, *, runner: str, listener: Listener) 
 def _run_in_prefect(ladder: Ladder) -> None:
     plan, store = ladder.plan, ladder.store
     log.debug("phase start of Prefect")
-    stages = {stage.name: stage for stage in plan.stages}
+    known = {stage.key: (ladder, stage) for stage in plan.stages}
     with Interruption() as stop, temporary_api(store.reports / plan.run) as api:
 
+        def later() -> Iterator[dict[str, Any]]:
+            for grown, stage in islice(stages_in_turn(ladder), len(plan.stages), None):
+                known[stage.key] = grown, stage
+                yield _spec(stage)
+
         def run_one(spec: dict[str, Any], listener: Listener) -> dict[str, Any]:
-            record = run_stage(replace(ladder, listener=listener), stages[spec["name"]], stop)
+            grown, stage = known[spec["key"]]
+            record = run_stage(replace(grown, listener=listener), stage, stop)
             return dict(record.metrics)
 
-        specs = [
-            {"name": s.name, "key": s.key, "teacher": s.teacher, "parent": s.parent}
-            for s in plan.stages
-        ]
         run_flow(
             plan.run,
             str(store.root.resolve()),
-            specs,
+            [_spec(stage) for stage in plan.stages],
             run_one,
             api_url=api.wait(),
+            later=later(),
             listener=ladder.listener,
             tags=[plan.name],
         )
+
+
+def _spec(stage: PlannedStage) -> dict[str, Any]:
+    """What Prefect shows of a stage."""
+    parents = {"teacher": stage.teacher, "parent": stage.parent}
+    return {"name": stage.name, "key": stage.key, **parents}
 
 
 def _write_reports(store: Store, run: Run) -> None:

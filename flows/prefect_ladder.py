@@ -6,16 +6,15 @@ is cached or persisted here, and a server that goes away takes nothing with it.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from ..pipeline.errors import Interrupted
 from ..pipeline.events import Event, Listener
+from .prefect_manners import SigtermHandler, drained, quiet
 from .prefect_server import quieten_prefect
 from .progress import broadcast, describe, filled, heading, throttled
 
@@ -34,6 +33,7 @@ def run_flow(
     run_one: RunOne,
     *,
     api_url: str,
+    later: Iterable[Stage] = (),
     listener: Listener = lambda event: None,
     tags: Sequence[str] = (),
 ) -> list[Record]:
@@ -46,6 +46,7 @@ def run_flow(
         store: where the store is, shown among the flow run's parameters.
         run_one: runs one stage, telling the listener it is given; called in this process.
         api_url: the Prefect API to report to, see `prefect_server.temporary_api`.
+        later: further stages, each asked for when those before it are done.
         listener: hears all events of all stages.
         tags: of the flow run, besides the run's id and "bitladder".
 
@@ -68,9 +69,10 @@ def run_flow(
     )
     records: list[Record] = []
     causes: list[BaseException] = []
+    coming = _Coming(chain(stages, later), causes)
     artifacts = _Artifacts(run_id)
     hear = broadcast(listener, artifacts)
-    sigterm = _SigtermHandler()
+    sigterm = SigtermHandler()
 
     @task(name="stage", cache_policy=NO_CACHE, persist_result=False, retries=0)
     def stage(stage: Stage, store: str) -> Record:
@@ -87,15 +89,15 @@ def run_flow(
     def ladder(run_id: str, store: str, stages: list[Stage]) -> None:
         # tags on tasks are concurrency limits: the server would be asked for a slot at each
         with sigterm.installed(), TagsContext(current_tags=set()):
-            for position, spec in enumerate(stages):
-                name = f"{position}-{spec['name']}".replace("{", "{{").replace("}", "}}")
+            while (spec := coming.stage(len(records))) is not None:
+                name = f"{len(records)}-{spec['name']}".replace("{", "{{").replace("}", "}}")
                 stage.with_options(task_run_name=name)(spec, store)  # a format string
 
     try:
-        with settings, tagged(run_id, "bitladder", *tags), _quiet(), _drained():
+        with settings, tagged(run_id, "bitladder", *tags), quiet(), drained():
             ladder(run_id, store, list(stages))
     except TerminationSignal as error:
-        if len(records) < len(stages):
+        if coming.stage(len(records)) is not None:
             raise Interrupted(error.signal) from None
     except BaseException as error:
         if causes and error is not causes[0]:
@@ -103,30 +105,31 @@ def run_flow(
         if causes or not isinstance(error, Exception):
             raise
         log.warning("Prefect failed (%s); the ladder goes on without it", error)
-    return records + [run_one(spec, listener) for spec in stages[len(records) :]]
+    while (spec := coming.stage(len(records))) is not None:
+        records.append(run_one(spec, listener))
+    return records
 
 
-class _SigtermHandler:
-    """The SIGTERM handler of now, to be put back where Prefect has installed its own.
+class _Coming:
+    """The stages that come, of which each is asked for once, when those before it are done."""
 
-    Prefect turns SIGTERM into an exception wherever it strikes, in the middle of writing a
-    checkpoint too; the caller's handler knows better when to stop.
-    """
+    def __init__(self, stages: Iterable[Stage], causes: list[BaseException]) -> None:
+        self._stages = iter(stages)
+        self._causes = causes
+        self._last: tuple[int, Stage | None] = (-1, None)
 
-    def __init__(self) -> None:
-        self._main = threading.current_thread() is threading.main_thread()
-        self._handler = signal.getsignal(signal.SIGTERM)
+    def stage(self, position: int) -> Stage | None:
+        """The stage at the position, which is that of the last call or the next; None: no more.
 
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        if not self._main or self._handler is None:  # None: not installed from Python
-            yield
-            return
-        before = signal.signal(signal.SIGTERM, self._handler)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        What goes wrong in finding it is noted among the causes: it is not Prefect's failure.
+        """
+        if position > self._last[0]:
+            try:
+                self._last = (position, next(self._stages, None))
+            except BaseException as error:
+                self._causes.append(error)
+                raise
+        return self._last[1]
 
 
 class _Artifacts:
@@ -203,37 +206,3 @@ def _cell(name: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{100 * value:.2f} %" if "top1" in name or "top5" in name else f"{value:.6g}"
     return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Sends what Prefect says about runs to its server only.
-
-    On the terminal it would repeat our own lines, with a traceback for each error, across the
-    progress bar.
-    """
-    loggers = [logging.getLogger(f"prefect.{runs}") for runs in ("flow_runs", "task_runs")]
-    before = [(logger.propagate, logger.level) for logger in loggers]
-    for logger in loggers:
-        logger.propagate = False
-        logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        for logger, (propagate, level) in zip(loggers, before, strict=True):
-            logger.propagate = propagate
-            logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _drained() -> Iterator[None]:
-    """Waits at the end until states and logs have reached the server, which may stop then."""
-    from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogWorker
-
-    try:
-        yield
-    finally:
-        for worker in (EventsWorker, APILogWorker):
-            with contextlib.suppress(Exception):
-                worker.drain_all(timeout=5.0)

@@ -3,34 +3,32 @@
 Run as a module this file is that own server. The process that starts it must be able to die in
 any way, kill -9 included, and leave nothing behind; so the first thing the server does, before
 anything heavy is imported, is to tie its life to its parent's. For the same reason this file
-imports nothing but the standard library at its top.
+imports little but the standard library at its top.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import fcntl
 import gc
 import http.client
 import importlib
 import os
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from .parent_death import die_with
+
 START_SECONDS = 180.0  # 4 on an idle machine, 18 where the database is new; a busy one takes more
 STOP_SECONDS = 3.0
 LOG_NAME = "prefect-server.log"
-_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 WAY_OUT = "`--runner plain` runs the same ladder without Prefect"
 
 
@@ -244,7 +242,7 @@ def main(arguments: list[str]) -> None:
             _migrate()
         return
     listener, parent = map(int, arguments[1:])
-    _die_with(parent)
+    die_with(parent)
     code = 1
     try:
         _serve(socket.socket(fileno=listener))
@@ -253,25 +251,6 @@ def main(arguments: list[str]) -> None:
         traceback.print_exc()  # into the log, whose end the parent shows
     finally:
         os._exit(code)  # waits for no thread
-
-
-def _die_with(parent: int) -> None:
-    """Ends this process as soon as its parent is gone, whatever it may be doing then."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    _exit_if_orphan(parent)  # the parent may have died before the line above
-
-    def watch() -> None:
-        while True:
-            time.sleep(0.5)
-            _exit_if_orphan(parent)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _exit_if_orphan(parent: int) -> None:
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _serve(listener: socket.socket) -> None:

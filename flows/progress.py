@@ -28,8 +28,8 @@ def terminal_listener(console: Console) -> Iterator[Listener]:
     A bar for each stage in training, and above the bars a line for each that is over. Where
     nobody watches (no terminal, a dumb one, CI) lines only, of training one in `LOG_SECONDS`.
     """
-    if not _is_watched(console):
-        yield log_listener(lambda line: _print(console, line))
+    if not is_watched(console):
+        yield log_listener(lambda line: print_line(console, line))
         return
     # transient: what is printed next, perhaps an error, begins on a line of its own
     with Progress(
@@ -101,7 +101,9 @@ def filled(listener: Listener) -> Listener:
 
 
 def heading(event: Event) -> str:
-    """Which stage of how many, counted from 1: `2/5 w8a8`."""
+    """Which stage of how many, counted from 1: `2/5 w8a8`; `rung 2 w8a8` of nobody knows yet."""
+    if event.stages == 0:
+        return f"rung {event.position + 1} {event.stage}"
     return f"{event.position + 1}/{event.stages} {event.stage}"
 
 
@@ -163,7 +165,7 @@ class _Bars:
             return
         if event.kind in ("finished", "failed") and event.position in self._bars:
             self._progress.remove_task(self._bars.pop(event.position))
-        _print(self._progress.console, line)
+        print_line(self._progress.console, line)
 
     def _draw(self, event: Event) -> None:
         if event.position not in self._bars:
@@ -216,12 +218,14 @@ def _results(event: Event) -> list[str]:
     ]
 
 
-def _is_watched(console: Console) -> bool:
+def is_watched(console: Console) -> bool:
+    """Whether somebody looks at the console, so that drawing on it makes sense."""
     # FORCE_COLOR makes rich take a pipe for a terminal, so the file is asked as well
     isatty = getattr(console.file, "isatty", bool)
     return console.is_interactive and isatty() and not os.environ.get("CI")
 
 
-def _print(console: Console, line: str) -> None:
+def print_line(console: Console, line: str) -> None:
+    """Prints text as it is, on one line."""
     # soft_wrap: in a log a line stays a line; markup: a path may hold [brackets]
     console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)

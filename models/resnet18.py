@@ -30,10 +30,10 @@ class CifarResNet18(nn.Module):
         image_size: their height and width, at least 4; the weights do not depend on it.
         width: channels of the first stage; the next stages double them.
         widen: factor on the channels of every layer (WRPN), to the nearest whole `width`.
-        activation: ReLU, or RPReLU, after which quantizers of inputs are signed.
+        activation: ReLU; RPReLU or Hardtanh, after which quantizers of inputs are signed.
         activation_clip: largest value that a ReLU lets pass; None for no limit.
-        shortcut: where the shape changes, a 1x1 convolution with batch norm, or zeros for the
-            new channels.
+        shortcut: where the shape changes, "conv", a 1x1 convolution with batch norm; "pool", the
+            same after average pooling; "pad", zeros for the new channels.
 
     Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, arXiv:1512.03385,
         table 1. Differs from it in: the stem, a 3x3 convolution at stride 1 without pooling.

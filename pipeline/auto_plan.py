@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from .auto_ladder import Rung, course, label
+from .auto_ladder import FP32, Rung, course, label, way_down
 from .config import AutoConfig, RunConfig, StageConfig
+from .parents import named_teachers
 from .plan import make_plan
 from .record import StageRecord
 from .spec import Plan
@@ -48,6 +49,22 @@ def every_rung(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"ladder": tuple(config.auto.rungs.values())})
 
 
+def teachers_that_may_be_missing(auto: AutoConfig, rungs: Sequence[StageConfig]) -> list[str]:
+    """Mistakes in `ladder.N`: a teacher given by name that only comes where a step loses much.
+
+    Args:
+        rungs: all that the ladder may come to.
+    """
+    may, sure = {stage.name for stage in rungs}, [label(w) for w in (FP32, *way_down(auto))]
+    return [
+        f"ladder.{index}.distill.teacher: {name!r} may not come, for it is only put between where "
+        f"a step loses too much; those that always come are {', '.join(sure)}"
+        for index, stage in enumerate(rungs)
+        for name in named_teachers(stage)
+        if name in may and name not in sure
+    ]
+
+
 def said_of_rungs(errors: Sequence[str], names: Sequence[str]) -> list[str]:
     """Mistakes in `ladder.N` as those of `auto.rungs.NAME`; what several have is said once."""
     said: dict[str, str] = {}
@@ -59,13 +76,24 @@ def said_of_rungs(errors: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def _stage(auto: AutoConfig, rung: Rung) -> StageConfig:
-    """A rung's settings; what was tried above it and not kept is no parent of it."""
+    """A rung's settings; its parents are rungs that were kept, but `best` is of all that ran."""
     stage = auto.rungs[label(rung.widths)]
     if not rung.kept:
         return stage
-    above = rung.kept[-1]
-    of_kept = {"previous": above, "dense": rung.kept if len(rung.kept) > 1 else above}
     wanted = stage.distill.teacher
-    teacher = of_kept.get(wanted, wanted) if isinstance(wanted, str) else wanted
+    teacher: str | tuple[str, ...]
+    if wanted == "dense":
+        teacher = rung.kept
+    elif isinstance(wanted, str):
+        teacher = _of_kept(wanted, rung.kept)
+    else:
+        teacher = tuple(_of_kept(name, rung.kept) for name in wanted)
     distill = stage.distill.model_copy(update={"teacher": teacher})
-    return stage.model_copy(update={"name": rung.name, "init": above, "distill": distill})
+    return stage.model_copy(update={"name": rung.name, "init": rung.kept[-1], "distill": distill})
+
+
+def _of_kept(name: str, kept: Sequence[str]) -> str:
+    """Which rung a teacher's name means: of several tries the one that was kept, `w2a2-2`."""
+    if name == "previous":
+        return kept[-1]
+    return next((rung for rung in kept if rung.partition("-")[0] == name), name)

@@ -26,9 +26,9 @@ Average = Literal["ema", "tail"]
 class WeightAverage(nn.Module):
     """The average of all parameters of a student, updated after each step of the optimizer.
 
-    Float32 buffers under the parameters' names, with "/" for ".": part of a checkpoint, and not
-    of the student. How far it is, is told by the step alone. Of a parameter that no longer learns
-    (a step frozen by bin regularization) it holds the last value.
+    Float32 buffers under the parameters' names, "/conv1/weight": part of a checkpoint, and not of
+    the student. How far it is, is told by the step alone. Of a parameter that no longer learns (a
+    step frozen by bin regularization) it holds the last value.
 
     Args:
         student: quantizers included; their buffers are not averaged.
@@ -48,7 +48,8 @@ class WeightAverage(nn.Module):
         for name, parameter in student.named_parameters():
             if parameter.is_floating_point():
                 self._learned.append(parameter)
-                self.register_buffer(name.replace(".", "/"), parameter.detach().float().clone())
+                own = "/" + name.replace(".", "/")  # a parameter may be called `decay` or `put`
+                self.register_buffer(own, parameter.detach().float().clone())
 
     @torch.no_grad()
     def update(self, step: int, steps: int) -> None:

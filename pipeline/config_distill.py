@@ -57,13 +57,21 @@ def constant(weight: float | ScheduledWeight) -> float | None:
     return weight.start if weight.start == weight.final or weight.warmup >= 1 else None
 
 
+def _list_of_layers(value: Any) -> Any:
+    if isinstance(value, str):
+        raise ValueError(f"give a list, such as [{value}]")
+    return tuple(value) if isinstance(value, list) else value
+
+
+Layers = Annotated[tuple[str, ...], BeforeValidator(_list_of_layers)]
+
+
 class FeatureConfig(Component):
     """A loss between inner layers of student and teacher, added to the others; with its options."""
 
     weight: AnyWeight = 1.0
-    layers: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
-    # of the teacher, one for each; null: the same names
-    teacher_layers: Annotated[tuple[str, ...], Field(strict=False)] | None = None
+    layers: Annotated[Layers, Field(min_length=1)]
+    teacher_layers: Layers | None = None  # one for each; null: the same names
 
     @model_validator(mode="after")
     def _pairs(self) -> FeatureConfig:
@@ -82,7 +90,7 @@ def _one_or_several(value: Any) -> Any:
     """Names of teachers; one mistake where plain types would make one for each form."""
     names = tuple(value) if isinstance(value, list | tuple) else (value,)
     if not all(isinstance(name, str) for name in names):
-        raise ValueError("give one name, or a list of names")
+        raise ValueError("give one name, or a list of names; the word none for no teacher")
     return names if isinstance(value, list | tuple) else value
 
 
@@ -108,7 +116,12 @@ class DistillConfig(BaseModel):
     @property
     def follows(self) -> bool:
         """Whether a teacher has any weight at any time."""
-        return constant(self.weight) != 0 or self.follows_features
+        return self.follows_logits or self.follows_features
+
+    @property
+    def follows_logits(self) -> bool:
+        """Whether its logits have."""
+        return constant(self.weight) != 0
 
     @property
     def follows_features(self) -> bool:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from ..quant.registry import unknown
 from .auto_ladder import label as rung_label
 from .auto_ladder import possible_rungs
-from .auto_plan import said_of_rungs
+from .auto_plan import said_of_rungs, teachers_that_may_be_missing
 from .config import AutoConfig, RunConfig, StageConfig
 from .config_check import check_parts
 from .epoch_shares import share_epochs
@@ -104,6 +104,7 @@ def parse_config(raw: Mapping[str, Any]) -> RunConfig:
     run = run.model_copy(update={"ladder": tuple(stages)})
     errors += run_errors + rung_errors + check_parts(run)
     if auto is not None:
+        errors += teachers_that_may_be_missing(auto, stages)
         errors = said_of_rungs(errors, [stage.name for stage in stages])
         named = {stage.name: stage for stage in stages}
         run = run.model_copy(

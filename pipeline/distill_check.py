@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..models.tapped import check_layers
 from .config import ModelConfig, RunConfig, StageConfig
 from .config_distill import DistillConfig, FeatureConfig
 from .config_options import Mistake, check_options
+from .features import build_features
 from .losses import FEATURE_LOSSES, LOSSES
 from .parents import is_distilled, parents_of
 from .yaml_reader import path_text
@@ -55,6 +58,28 @@ def layer_mistakes(run: RunConfig, named: ModelConfig, model: nn.Module) -> list
     return errors
 
 
+def size_mistakes(run: RunConfig, networks: Sequence[nn.Module], images: Tensor) -> list[str]:
+    """Layers that a feature loss cannot compare, as `path: message` lines.
+
+    Args:
+        networks: those of the rungs, in ladder order, with all layers that are asked for.
+        images: any few, (N, C, H, W).
+    """
+    errors = []
+    for index, stage in enumerate(run.ladder):
+        features, above = stage.distill.features, parents_of(run, index).teachers
+        if features is None or not stage.distill.follows_features or not above:
+            continue
+        student, *teachers = (networks[n].eval() for n in (index, *above))
+        try:
+            build_features(
+                features, student=student, teachers=teachers, images=images, seed=run.seed
+            )
+        except ValueError as error:
+            errors.append(f"{path_text(('ladder', index, 'distill', 'features'))}: {error}")
+    return errors
+
+
 def _without_teacher(stage: StageConfig) -> list[Mistake]:
     if stage.full_precision or not stage.distill.follows_features:
         return []
@@ -83,9 +108,9 @@ def _features(own: FeatureConfig) -> list[Mistake]:
         return [("features.name", f"{own.name!r} compares logits, not inner layers; {way_out}")]
     found = check_options(FEATURE_LOSSES, own.name, own.options)
     if not found:
-        pixel = (1, 1, 1, 1)  # any size: only the options are looked at
+        size = (1, 1, 2, 2)  # any: only the options are looked at
         try:
-            FEATURE_LOSSES[own.name].factory(pixel, pixel, torch.Generator(), **own.options)
+            FEATURE_LOSSES[own.name].factory(size, size, torch.Generator(), **own.options)
         except ValueError as error:
             found = [("", str(error))]
     return [(f"features.{key}" if key else "features", text) for key, text in found]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..models.tapped import tapped
 from ..quant.probing import evaluating
+from .config_distill import FeatureConfig
 from .data.order import generator_of
 from .losses import FEATURE_LOSSES, Step
 
@@ -81,11 +82,8 @@ class FeatureTerm(nn.Module):
 
 
 def build_features(
-    name: str,
-    options: Mapping[str, Any],
+    config: FeatureConfig,
     *,
-    layers: Sequence[str],
-    teacher_layers: Sequence[str],
     student: nn.Module,
     teachers: Sequence[nn.Module],
     images: Tensor,
@@ -100,6 +98,7 @@ def build_features(
     Raises:
         ValueError: a network has no such layer, or two of them cannot be compared.
     """
+    layers, teacher_layers = config.layers, config.teacher_layers or config.layers
     with torch.no_grad(), evaluating(student):
         own = tapped(student, images, layers).features
     others = []
@@ -111,8 +110,8 @@ def build_features(
             which = f"teacher {number}" if len(teachers) > 1 else "the teacher"
             raise ValueError(f"{which}: {error}") from None
     return FeatureTerm(
-        name,
-        options,
+        config.name,
+        config.options,
         layers=layers,
         teacher_layers=teacher_layers,
         student_sizes=[own[layer].shape for layer in layers],

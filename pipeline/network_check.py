@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models import load_weights
-from ..quant.probing import Probe, probe
+from ..quant.probing import probe
 from .config import ModelConfig, RunConfig
 from .data import DataBundle
-from .distill_check import layer_mistakes
+from .distill_check import layer_mistakes, size_mistakes
 from .errors import ConfigError
 from .network import build_network, describe_network
 from .policy_check import check_policies
@@ -22,11 +22,12 @@ def check_networks(config: RunConfig, data: DataBundle) -> None:
 
     Raises:
         ConfigError: something does not fit, said in the words of whoever wrote the config; all
-            networks are looked at first, then the policies of all rungs.
+            networks are looked at first, then what losses compare in them, then the policies of
+            all rungs.
     """
     images, _ = next(iter(data.validation.evaluation_batches(2, device=torch.device("cpu"))))
-    tried: list[tuple[ModelConfig, Probe]] = []
-    facts: list[Probe] = []
+    tried: list[tuple[ModelConfig, nn.Module]] = []
+    networks: list[nn.Module] = []  # of each rung
     errors: list[str] = []
     for index, stage in enumerate(config.ladder):
         model = config.model_of(stage)
@@ -39,15 +40,18 @@ def check_networks(config: RunConfig, data: DataBundle) -> None:
                 errors += error.errors
                 continue
             tried.append((model, known))
-        facts.append(known)
+        networks.append(known)
+    errors = errors or size_mistakes(config, networks, images)
     if errors:
         raise ConfigError(list(dict.fromkeys(errors)))
-    check_policies(config, facts)
+    facts = {network: probe(network, [images]) for _, network in tried}
+    check_policies(config, [facts[network] for network in networks])
 
 
 def _try(
     named: ModelConfig, where: str, config: RunConfig, data: DataBundle, images: Tensor
-) -> Probe:
+) -> nn.Module:
+    """The network as a rung has it, once it has classified the images."""
     try:
         network = describe_network({"name": named.name, "options": named.options}, data)
         model = build_network(network, seed=config.seed)
@@ -78,4 +82,4 @@ def _try(
         )
     if errors := layer_mistakes(config, named, model):
         raise ConfigError(errors)
-    return probe(model, [images])
+    return model

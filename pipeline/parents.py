@@ -54,7 +54,7 @@ def parents_of(run: RunConfig, index: int) -> Parents:
     if wanted in ("dense", "best"):
         alike = _alike(run, index)
         return Parents(_init(run, index), alike, chooses=wanted == "best" and len(alike) > 1)
-    found = {_teacher(run, index, name) for name in _names(stage)}
+    found = {_teacher(run, index, name) for name in named_teachers(stage)}
     return Parents(_init(run, index), tuple(sorted(n for n in found if n is not None)))
 
 
@@ -74,7 +74,7 @@ def parent_mistakes(run: RunConfig, index: int) -> list[tuple[str, str]]:
     wanted = stage.distill.teacher
     if isinstance(wanted, tuple):
         mistakes += [("distill.teacher", text) for text in _list_mistakes(wanted)]
-    for name in _names(stage):
+    for name in named_teachers(stage):
         try:
             _teacher(run, index, name)
         except ValueError as error:
@@ -85,6 +85,13 @@ def parent_mistakes(run: RunConfig, index: int) -> list[tuple[str, str]]:
 def is_distilled(stage: StageConfig) -> bool:
     """Whether a teacher would change anything: something is trained, and a loss of it weighs."""
     return stage.train.epochs > 0 and stage.distill.follows
+
+
+def named_teachers(stage: StageConfig) -> Sequence[str]:
+    """What a rung names its teachers one by one: `previous`, `fp32`, or rungs."""
+    wanted = stage.distill.teacher
+    names = wanted if isinstance(wanted, tuple) else (wanted,)
+    return [name for name in names if name not in ("dense", "best", "none")]
 
 
 def teachers_among(parents: Mapping[str, StageRecord]) -> tuple[list[StageRecord], bool]:
@@ -110,13 +117,6 @@ def _alike(run: RunConfig, index: int) -> tuple[int, ...]:
     own = run.model_of(run.ladder[index])
     above = enumerate(run.ladder[:index])
     return tuple(n for n, stage in above if own.same_network(run.model_of(stage)))
-
-
-def _names(stage: StageConfig) -> Sequence[str]:
-    """The rungs that a config names one by one."""
-    wanted = stage.distill.teacher
-    names = wanted if isinstance(wanted, tuple) else (wanted,)
-    return [name for name in names if name not in ("dense", "best", "none")]
 
 
 def _list_mistakes(names: Sequence[str]) -> list[str]:
@@ -167,7 +167,13 @@ def _fp32(run: RunConfig, index: int) -> int | None:
     found = [n for n in _alike(run, index) if run.ladder[n].full_precision]
     if found:
         return found[0]
+    above = [stage.name for stage in run.ladder[:index]]
     if run.ladder[index].full_precision:
+        if "fp32" in above:
+            raise ValueError(
+                f"'fp32' is a rung of the same model, and ladder.{above.index('fp32')} of that "
+                "name has another one; give it a name of its own, such as big"
+            )
         return None
     text = "'fp32' needs a rung above it with weight_bits: 32 and activation_bits: 32"
     if any(stage.full_precision for stage in run.ladder[:index]):

@@ -113,6 +113,8 @@ def _distillation(distill: DistillConfig, teachers: int) -> dict[str, Any]:
         values.pop("drop")
     if (weight := constant(distill.weight)) is not None:
         values["weight"] = weight
+    if not distill.follows_logits:
+        values = {k: v for k, v in values.items() if k not in ("loss", *distill.options)}
     features = distill.features
     if features is None or not distill.follows_features:
         values.pop("features")
@@ -162,7 +164,8 @@ def _chosen(choice: Component, bits: int) -> dict[str, Any]:
 def _versions(stage: StageConfig, *, distilled: bool) -> dict[str, int]:
     versions = {"loss cross_entropy": LOSSES["cross_entropy"].version}
     if distilled:
-        versions[f"loss {stage.distill.loss}"] = LOSSES[stage.distill.loss].version
+        if stage.distill.follows_logits:
+            versions[f"loss {stage.distill.loss}"] = LOSSES[stage.distill.loss].version
         if stage.distill.features is not None and stage.distill.follows_features:
             name = stage.distill.features.name
             versions[f"feature loss {name}"] = FEATURE_LOSSES[name].version

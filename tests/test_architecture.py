@@ -25,6 +25,7 @@ MAY_IMPORT = {
 }
 HOMES = {
     "prefect": ("flows/*",),
+    **dict.fromkeys(("prefect_dask", "prefect_ray", "distributed", "ray"), ("flows/trials/*",)),
     "sqlalchemy": ("pipeline/store*",),
     "pydantic": ("pipeline/config*", "pipeline/plan*", "pipeline/study/config.py"),
     "yaml": ("pipeline/config*", "pipeline/plan*", "pipeline/yaml_reader.py"),

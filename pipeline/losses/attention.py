@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import FEATURE_LOSSES, positive
+from .base import FEATURE_LOSSES
 from .sizes import common_size, pooled
 
 
@@ -19,7 +19,8 @@ class AttentionTransfer(nn.Module):
     The map of an output (N, C, H, W) is the mean over the channels of |x|^power, (N, H * W), of
     length 1 for each image; the loss is the mean of the squared differences over N and H * W. It
     needs no equal number of channels. Where the maps differ in size, both are averaged down to the
-    smaller one. Outputs of shape (N, C) are maps themselves, of |x|^power, and need equal sizes.
+    smaller one, which has to have more than one pixel: all maps of one are equal. Outputs of shape
+    (N, C) are maps themselves, of |x|^power, and need equal sizes.
 
     Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017,
     arXiv:1612.03928, activation-based transfer, as in its code, whose loss is the sum over the
@@ -35,7 +36,9 @@ class AttentionTransfer(nn.Module):
         power: float = 2.0,
     ) -> None:
         super().__init__()
-        self.power = positive(power, "power")
+        if not power >= 1:  # below it the gradient at 0, which a ReLU gives often, is infinite
+            raise ValueError(f"power must be at least 1, not {power}")
+        self.power = power
         if len(student_size) != len(teacher_size) or (
             len(student_size) == 2 and student_size[1] != teacher_size[1]
         ):
@@ -44,9 +47,14 @@ class AttentionTransfer(nn.Module):
                 f"equal C, not {_text(student_size)} and {_text(teacher_size)}; use fitnets"
             )
         self.size = common_size(student_size, teacher_size)
+        if len(student_size) == 4 and self.size == (1, 1):
+            raise ValueError(
+                "attention_transfer compares where in a map the strength lies, and one of "
+                f"{_text(student_size)} and {_text(teacher_size)} has one pixel only; use fitnets"
+            )
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Scalar, float32; 0 .. 4 / (H * W)."""
+        """Scalar, float32; 0 .. 2 / (H * W)."""
         return F.mse_loss(self._map(student), self._map(teacher))
 
     def _map(self, x: Tensor) -> Tensor:

@@ -41,15 +41,16 @@ class RelationLoss(nn.Module):
 def correlation(a: Tensor, b: Tensor, *, dim: int) -> Tensor:
     """Pearson's correlation along a dimension; 0, without gradient, where one has no spread.
 
-    A spread within the rounding of float32, 1e-6 of the values' size, is none.
+    None is a spread within the rounding of float32, 1e-6 of the values' size, and one below 1e-18,
+    whose square float32 does not have: a class that no image has, of probability e^-41.
     """
-    centred, norms = [], []
+    ways = []  # of length 1 each: the product of two lengths may be too small for float32
     flat = torch.zeros((), dtype=torch.bool, device=a.device)
     for x in (a, b):
         own = x - x.mean(dim, keepdim=True)
-        norm = torch.linalg.vector_norm(own, dim=dim)
-        flat = flat | (norm <= 1e-6 * torch.linalg.vector_norm(x.detach(), dim=dim))
-        centred.append(own)
-        norms.append(norm)
-    scale = (norms[0] * norms[1]).masked_fill(flat, 1.0)
-    return ((centred[0] * centred[1]).sum(dim) / scale).masked_fill(flat, 0.0)
+        length = torch.linalg.vector_norm(own, dim=dim, keepdim=True)
+        size = torch.linalg.vector_norm(x.detach(), dim=dim, keepdim=True)
+        still = length <= (1e-6 * size).clamp_min(1e-18)
+        ways.append(own / length.masked_fill(still, 1.0))
+        flat = flat | still
+    return (ways[0] * ways[1]).sum(dim).masked_fill(flat.squeeze(dim), 0.0)

@@ -122,13 +122,9 @@ def _features(
     distill = context.stage.distill
     if distill.features is None or not distill.follows_features or not teachers:
         return None
-    own = distill.features
     try:
         return build_features(
-            own.name,
-            own.options,
-            layers=own.layers,
-            teacher_layers=own.teacher_layers or own.layers,
+            distill.features,
             student=student,
             teachers=teachers,
             images=calibration[0][0][:2],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..config import DataConfig
 from ..store import Store
 from .statistics import Choice
 from .tables import Tables, said
@@ -25,7 +26,7 @@ def stage_tables(study: Study, found: Tables) -> dict[str, pd.DataFrame]:
     for stage in stages(found):
         rows = found.summary[found.summary["stage"] == stage].to_dict("records")
         if shared_by_all(study, found, stage):
-            rows = [{**rows[0], "arm": ALL}]
+            rows = [{**rows[0], "arm": ALL, "trial_epochs": math.nan}]  # each arm has its own
         tables[stage] = pd.DataFrame([_summary_row(row) for row in rows])
     return tables
 
@@ -55,6 +56,7 @@ def _summary_row(row: dict[Any, Any]) -> dict[str, str]:
         "validation": _percent(row["val_mean"]),
         "diverged": str(row["diverged"]),
         "epochs": _number(row["epochs"]),
+        "of all rungs": _number(row["trial_epochs"]),
         "teacher": _number(row["teacher_forwards"]),
         "seconds": _number(row["seconds"], 1),
         "every value": " ".join(values),
@@ -86,27 +88,44 @@ def comparison_table(comparisons: pd.DataFrame, family: str) -> pd.DataFrame:
 def choice_text(study: Study, choice: Choice) -> str:
     """What was chosen, from what, and by which rule."""
     assert study.choose is not None
-    arms = ", ".join(f"{arm} at {stage}" for arm, stage in study.choose.stages.items())
+    arms = _at_stages(study.choose.stages)
     if choice.chosen is None:
         return f"Nothing is chosen yet of {arms}: no seed is finished in all of them."
     n = len(choice.seeds)
     lines = [f"Chosen on validation: {choice.chosen}, of {arms}; n = {n} seeds that all have."]
     if n < len(study.seeds):
         lines.append(f"Provisional: {n} of {len(study.seeds)} seeds.")
-    best = choice.best
-    lines.append(f"Best mean validation accuracy: {best}, {_percent(choice.means[best or ''])} %.")
+    best = choice.best or ""
+    lines.append(
+        f"Best mean validation accuracy: {best}, {_percent(choice.means[best])} %, "
+        f"{_cost(choice, best)}."
+    )
     for arm, pair in choice.differences.items():
-        tie = "a tie" if arm in choice.ties else "resolved, not taken"
+        tie = "a tie" if arm in choice.ties else "worse, not taken"
         interval = _interval(pair.low, pair.high, "+") or f"none, n = {n} or no spread"
         lines.append(
-            f"{arm} - {best}: {_percent(pair.difference, '+')} points, 95 % interval (unadjusted) "
-            f"{interval}: {tie}."
+            f"{arm} - {best}: {_percent(pair.difference, '+')} points of validation accuracy, 95 % "
+            f"interval (unadjusted) {interval}, {_cost(choice, arm)}: {tie}."
         )
     lines.append(
-        "Among ties the cheapest is taken: fewest epochs, then fewest teacher forwards, then the "
-        "better validation accuracy. Test accuracies have no part in this."
+        "A tie: the paired t-test does not tell the arm from the best one (p of 0.05 or more), "
+        "which with few seeds says little. Among ties the cheapest is taken: fewest epochs, then "
+        "fewest teacher forwards, then the better validation accuracy, then the order of the "
+        "study. Test accuracies have no part in this."
     )
     return "\n".join(lines)
+
+
+def _at_stages(stages: Mapping[str, str]) -> str:
+    """`ladder, direct at w1a1`, or each with its own stage where they differ."""
+    if len(set(stages.values())) == 1:
+        return f"{', '.join(stages)} at {next(iter(stages.values()))}"
+    return ", ".join(f"{arm} at {stage}" for arm, stage in stages.items())
+
+
+def _cost(choice: Choice, arm: str) -> str:
+    epochs, forwards = choice.costs[arm]
+    return f"{_number(epochs)} epochs and {_number(forwards)} teacher forwards"
 
 
 def notes(study: Study, store: Store, found: Tables) -> list[str]:
@@ -126,11 +145,14 @@ def _progress(study: Study, found: Tables) -> str:
     done, diverged = counts.get("done", 0), counts.get("diverged", 0)
     folds = f" x {study.folds} folds" if study.folds else ""
     distinct = found.rows["key"].nunique()
-    return (
+    line = (
         f"{done + diverged} of {len(study.trials)} trials have ended ({done} done, {diverged} "
         f"diverged): {len(study.arms)} arms x {len(study.seeds)} seeds{folds}; "
         f"{distinct} different stages."
     )
+    if done + diverged < len(study.trials):
+        line += " Until all have ended every verdict is provisional: who stops at a good one errs."
+    return line
 
 
 def _trial_state(states: set[str]) -> str:
@@ -145,7 +167,8 @@ def _failures(found: Tables) -> Iterator[str]:
     for row in ruined.to_dict("records"):
         yield (
             f"Diverged: {_trial(row)} at {row['stage']} ({row['error']}). It counts with the "
-            f"accuracy of chance, {_percent(row['test_top1'])} %, there and below."
+            f"accuracy of chance, {_percent(row['test_top1'])} %, there and in what is not trained "
+            "after it."
         )
     for row in rows[rows["state"] == "failed"].to_dict("records"):
         yield f"Failed, and not counted: {_trial(row)} at {row['stage']} ({row['error']})."
@@ -159,22 +182,28 @@ def _trial(row: dict[Any, Any]) -> str:
 
 
 def _meaning(study: Study, found: Tables) -> Iterator[str]:
-    data = sorted({trial.config.data.name for trial in study.trials})
+    data = sorted({_data_text(trial.config.data) for trial in study.trials})
     yield (
-        f"Data: {', '.join(data)}. Accuracies are top-1 of the test split after a stage's last "
-        "epoch; nothing was chosen on it. drop: FP32 of the same seed less the stage."
+        f"Data: {', '.join(data)}. Accuracies are top-1 of the test split, read once, at the end "
+        "of a stage. drop: FP32 of the same seed less the stage."
     )
     if study.folds:
         yield (
             f"A seed's value is that of its {study.folds} folds together, every image once; folds "
-            "are not independent, so n counts seeds."
+            "are not independent, so n counts seeds. diverged counts folds."
         )
+    yield (
+        "A seed decides first weights and order of training; the splits of the data are the same "
+        "in all seeds. So intervals and p-values are about training again on these data, not about "
+        "other data."
+    )
     yield (
         "95 % of the mean: t-interval of an arm by itself; seeds are paired between arms, so these "
         "do not tell arms apart. Differences are paired by seed; their 95 % t-intervals are not "
         "adjusted for the other comparisons, the verdict is by p-values of the paired t-test, "
-        "adjusted over the family (Holm, 1979), at 0.05. A comparison without a p-value yet counts "
-        "in its family with p = 1."
+        "adjusted over the family (Holm, 1979), at 0.05; families are not adjusted for each other. "
+        "A comparison without a p-value yet counts in its family with p = 1. Not resolved: this "
+        "study cannot tell, which is not that the arms are equal."
     )
     if (found.comparisons["sd"] == 0).any():
         yield (
@@ -182,9 +211,18 @@ def _meaning(study: Study, found: Tables) -> Iterator[str]:
             "p is 1 if they are 0, else that of the sign-flip test, 2 / 2^n."
         )
     yield (
-        "Costs are of one trial up to the stage, on its own, FP32 not counted: epochs; teacher, "
-        "passes of a teacher over the training images; seconds of training."
+        "Costs are of one trial, for the stage and the rungs that it rests on by its first weights "
+        "and its teachers, FP32 not counted: epochs; teacher, passes of a teacher over the "
+        "training images; seconds of training. of all rungs: epochs of the whole trial, for who "
+        "needs all its widths."
     )
+
+
+def _data_text(data: DataConfig) -> str:
+    """A data set with what is left of it: `fashion_mnist (limit=12000)`."""
+    hidden = ("fold", "folds", "root")  # said elsewhere, or the reader's own
+    options = ", ".join(f"{k}={v}" for k, v in data.options.items() if k not in hidden)
+    return f"{data.name} ({options})" if options else data.name
 
 
 def _hardware(store: Store, found: Tables) -> Iterator[str]:
@@ -192,7 +230,9 @@ def _hardware(store: Store, found: Tables) -> Iterator[str]:
     for key in dict.fromkeys(found.rows["key"]):
         if (record := store.read(key)) is not None:
             facts = record.environment
-            line = f"{facts.get('device_name')}, {facts.get('threads')} threads, torch "
+            threads = facts.get("threads")
+            plural = "" if threads == 1 else "s"
+            line = f"{facts.get('device_name')}, {threads} thread{plural}, torch "
             seen[line + f"{facts.get('torch')}"] = None
     if seen:
         yield f"Trained on: {'; '.join(seen)}."

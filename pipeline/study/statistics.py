@@ -70,6 +70,7 @@ class Choice:
         ties: arms whose difference to the best is not resolved, the best included.
         differences: every other arm minus the best.
         means: validation accuracy by arm.
+        costs: epochs and teacher forwards by arm.
     """
 
     chosen: str | None
@@ -77,6 +78,7 @@ class Choice:
     ties: tuple[str, ...]
     differences: Mapping[str, Paired]
     means: Mapping[str, float]
+    costs: Mapping[str, tuple[float, float]]
     seeds: tuple[int, ...]
 
 
@@ -146,16 +148,16 @@ def choose(candidates: Sequence[Candidate]) -> Choice:
     the order given.
     """
     seeds = sorted(set.intersection(*(set(c.validation) for c in candidates)))
+    costs = {c.arm: (c.epochs, c.teacher_forwards) for c in candidates}
     if not seeds:
-        return Choice(None, None, (), {}, {}, ())
+        return Choice(None, None, (), {}, {}, costs, ())
     values = {c.arm: {seed: c.validation[seed] for seed in seeds} for c in candidates}
     means = {arm: sample(list(own.values())).mean for arm, own in values.items()}
     best = max(means, key=means.__getitem__)
     differences = {arm: paired(own, values[best]) for arm, own in values.items() if arm != best}
-    ties = [c for c in candidates if c.arm == best or not differences[c.arm].p < LEVEL]
-    cost = {c.arm: (c.epochs, c.teacher_forwards, -means[c.arm]) for c in ties}
-    chosen = min(cost, key=cost.__getitem__)
-    return Choice(chosen, best, tuple(cost), differences, means, tuple(seeds))
+    ties = tuple(arm for arm in means if arm == best or not differences[arm].p < LEVEL)
+    chosen = min(ties, key=lambda arm: (*costs[arm], -means[arm]))
+    return Choice(chosen, best, ties, differences, means, costs, tuple(seeds))
 
 
 def _t_quantile(freedom: int) -> float:

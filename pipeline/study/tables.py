@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 VALUES = ("test_top1", "val_top1", "fp32_top1")
-COSTS = ("epochs", "teacher_forwards", "seconds")
+COSTS = ("epochs", "trial_epochs", "teacher_forwards", "seconds")
 
 
 @dataclass(frozen=True)

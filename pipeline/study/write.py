@@ -66,7 +66,8 @@ def _markdown(study: Study, store: Store, found: Tables) -> str:
         body = table.to_markdown(index=False, disable_numparse=True)
         parts.append(f"## {title}\n\n{body}")
     if found.choice is not None:
-        parts.append(f"## Choice\n\n{choice_text(study, found.choice)}")
+        lines = choice_text(study, found.choice).splitlines()
+        parts.append("## Choice\n\n" + "\n".join(f"- {line}" for line in lines))
     parts.append("![Every value, and the mean with its interval, by arm and stage](study.svg)")
     return "\n\n".join(parts) + "\n"
 

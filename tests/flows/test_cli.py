@@ -458,11 +458,13 @@ def test_clean_says_what_it_would_remove_and_keeps_what_a_ladder_needs(bitladder
 def test_components_lists_every_part_with_its_source(bitladder):
     code, out, _ = bitladder("components")
     assert code == 0
-    for name in ("lsq", "preact_resnet20", "fashion_mnist", "cross_entropy", "digits"):
+    for name in ("lsq", "preact_resnet20", "fashion_mnist", "cross_entropy", "fitnets", "digits"):
         assert any(line.split()[:1] == [name] for line in out.splitlines()), name
     assert "Esser et al." in out
     code, out, _ = bitladder("components", "quantizers", "lsq")
     assert "per_channel: bool  (default False)" in out
+    code, out, _ = bitladder("components", "losses", "attention_transfer")
+    assert "power: float  (default 2.0)" in out
     code, _, err = bitladder("components", "quantisers")
     assert code == 2
     assert "did you mean 'quantizers'?" in err

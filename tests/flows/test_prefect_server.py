@@ -239,6 +239,51 @@ def test_the_callers_sigterm_handler_is_in_effect_while_a_stage_runs(server, run
     assert records == [{"stopped": 1}, {"stopped": 2}]
 
 
+def growing(done):
+    """Stages of which each is known when as many before it are done."""
+    for number in range(3):
+        assert len(done) == len(STAGES) + number
+        yield {"name": f"later-{number}"}
+
+
+@pytest.mark.flow
+def test_later_stages_are_asked_for_when_those_before_them_are_done(server, run_id):
+    done = []
+
+    def run_and_note(stage, tell):
+        done.append(stage["name"])
+        return stage
+
+    run_flow(run_id, "store", STAGES, run_and_note, api_url=server.url, later=growing(done))
+    names = ["fp32", "w8a8", "later-0", "later-1", "later-2"]
+    assert done == names
+    _, tasks, _ = read_run(server, run_id)
+    assert [task.name for task in tasks] == [f"{n}-{name}" for n, name in enumerate(names)]
+
+
+def test_a_prefect_that_fails_loses_no_later_stage_and_no_error_in_finding_one(home, run_id):
+    done = []
+
+    def run_and_note(stage, tell):
+        done.append(stage["name"])
+        return stage
+
+    def failing():
+        yield from growing(done)
+        raise LookupError("no next rung")
+
+    with pytest.raises(LookupError, match="no next rung"):
+        run_flow(
+            run_id,
+            "store",
+            STAGES,
+            run_and_note,
+            api_url="http://127.0.0.1:9/api",
+            later=failing(),
+        )
+    assert done[2:] == ["later-0", "later-1", "later-2"]
+
+
 def test_a_prefect_that_fails_costs_a_warning_and_no_stage(home, run_id, caplog):
     records = run_flow(run_id, "store", STAGES, run_one, api_url="http://127.0.0.1:9/api")
     assert [record["name"] for record in records] == ["fp32", "w8a8"]

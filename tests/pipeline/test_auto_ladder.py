@@ -252,6 +252,33 @@ def test_dense_teachers_are_the_rungs_that_were_kept(tiny):
     assert plan.stages[-1].teacher == "fp32, w8a8, w4a4, w3a3"
 
 
+def test_a_teacher_s_name_means_the_try_that_was_kept(tiny):
+    rungs = {"w1a2": {"teacher": ["previous", "w2a2"]}, "w2*": {"teacher": ["fp32", "previous"]}}
+    auto = {**AUTO, "weight_bits": 1, "rungs": rungs}
+    plan = planned(tiny(ladder="auto", auto=auto), [*VALUES[:5], 0.75])  # 0.2 below w3a3
+    found = {stage.name: stage.teacher for stage in plan.stages}
+    assert found == {
+        "fp32": None,
+        "w8a8": "fp32",
+        "w4a4": "w8a8",
+        "w2a2": "fp32, w4a4",
+        "w3a3": "w4a4",
+        "w2a2-2": "fp32, w3a3",
+        "w2a3": "fp32, w3a3",
+    }
+    plan = planned(tiny(ladder="auto", auto=auto), VALUES)
+    assert plan.stages[-1].name == "w1a2"
+    assert plan.stages[-1].teacher == "w2a2-2"  # not the first try, which was not kept
+
+
+def test_a_teacher_that_only_comes_where_a_step_loses_much_is_refused(tiny):
+    with pytest.raises(ConfigError) as caught:
+        tiny(ladder="auto", auto={**AUTO, "rungs": {"w2a2": {"teacher": ["w3a3", "w4a4"]}}})
+    (error,) = caught.value.errors
+    assert error.startswith("auto.rungs.w2a2.distill.teacher: 'w3a3' may not come")
+    assert error.endswith("those that always come are fp32, w8a8, w4a4, w2a2")
+
+
 def test_a_run_keeps_its_id_while_it_grows_and_has_another_for_other_rules(tiny):
     config = tiny(ladder="auto", auto=AUTO)
     plans = [planned(config, VALUES[:known]) for known in range(len(VALUES) + 1)]

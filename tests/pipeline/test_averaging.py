@@ -56,6 +56,20 @@ def walk(seed, steps):
         yield step, model
 
 
+def test_parameters_may_have_any_name():
+    model = nn.Module()
+    for name in ("decay", "start", "put"):
+        model.register_parameter(name, nn.Parameter(torch.ones(2)))
+    average = WeightAverage(model, method="tail", start=0.0)
+    with torch.no_grad():
+        model.decay.fill_(3.0)
+    average.update(0, 1)
+    with torch.no_grad():
+        model.decay.zero_()
+    average.put()
+    assert model.decay.tolist() == [3.0, 3.0]
+
+
 def now(model):
     return [p.detach().double().clone() for p in model.parameters()]
 

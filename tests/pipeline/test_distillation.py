@@ -54,16 +54,8 @@ def learner_of(batch, teachers, **distill):
     config = DistillConfig(**distill)
     student, features = net(), None
     if config.features is not None:
-        own = config.features
         features = build_features(
-            own.name,
-            own.options,
-            layers=own.layers,
-            teacher_layers=own.teacher_layers or own.layers,
-            student=student,
-            teachers=teachers,
-            images=batch[0],
-            seed=0,
+            config.features, student=student, teachers=teachers, images=batch[0], seed=0
         )
     bins, oscillation = BinRegularizationConfig(), OscillationConfig()
     return Learner(student, Objective(TrainConfig(), config, bins, oscillation, features))
@@ -315,7 +307,7 @@ def test_all_mistakes_of_distillation_come_at_once_with_their_paths():
         for rung in (0, 1)
         for path, text in (
             ("", "beta must not be below 0, not -1.0"),
-            (".features", "power must be above 0, not 0.0"),
+            (".features", "power must be at least 1, not 0.0"),
             (".drop", "needs several teachers, dense or a list of names, not 'previous'"),
         )
     ]
@@ -332,6 +324,8 @@ def test_all_mistakes_of_distillation_come_at_once_with_their_paths():
             {"features": {"name": "fitnets", "layers": ["a"], "teacher_layers": ["b", "c"]}},
             "distill.features: give a teacher layer for each of the 1 layers, not 2",
         ),
+        ({"features": {"name": "fitnets", "layers": "a"}}, "give a list, such as [a]"),
+        ({"teacher": None}, "give one name, or a list of names; the word none for no teacher"),
         ({"features": {"name": "fitnet", "layers": ["a"]}}, "did you mean 'fitnets'?"),
         ({"features": {**HINTS, "powr": 2.0}}, "distill.features.powr: unknown option"),
         ({"features": HINTS, "teacher": "none"}, "give features: null"),

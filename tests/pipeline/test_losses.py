@@ -156,6 +156,16 @@ def test_gradients_on_an_answer_without_spread_are_finite_and_no_larger_than_log
     assert gradient(LOSSES[name].factory(), flat).abs().max() < 10
 
 
+@pytest.mark.parametrize("gap", [30, 44, 48, 52, 90])
+def test_dist_has_finite_gradients_where_no_image_has_a_class(gap):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 6, 10, generator=generator)
+    student[:, 3] -= gap
+    teacher[:, 3] -= gap
+    step = Step(student.requires_grad_(), torch.zeros(6, dtype=torch.long), teacher)
+    assert gradient(LOSSES["dist"].factory(), step).abs().max() < 1
+
+
 def feature(name, student, teacher, seed=0, **options):
     generator = torch.Generator().manual_seed(seed)
     return FEATURE_LOSSES[name].factory(student.shape, teacher.shape, generator, **options)
@@ -197,6 +207,17 @@ def test_attention_between_vectors_needs_equal_sizes():
     for other in (maps(4, 5), maps(4, 6, 1, 1)):
         with pytest.raises(ValueError, match="use fitnets"):
             feature("attention_transfer", vector, other)
+
+
+def test_attention_in_maps_of_one_pixel_is_refused():
+    for student, teacher in ((maps(4, 6, 1, 1), maps(4, 6, 8, 8)), (maps(4, 6, 1, 1),) * 2):
+        with pytest.raises(ValueError, match="one pixel only; use fitnets"):
+            feature("attention_transfer", student, teacher)
+
+
+def test_a_power_with_infinite_gradients_at_zero_is_refused():
+    with pytest.raises(ValueError, match="power must be at least 1"):
+        feature("attention_transfer", maps(1, 1, 2, 2), maps(1, 1, 2, 2), power=0.5)
 
 
 def test_a_hint_between_equal_shapes_is_the_mean_square_and_learns_nothing():

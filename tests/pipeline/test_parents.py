@@ -78,6 +78,15 @@ def test_a_rung_of_another_network_is_a_teacher_by_its_name(tiny):
     assert last(tiny, big, student, {**W4, "teacher": ["big", "fp32"]})[1] == ["big", "fp32"]
 
 
+def test_a_rung_of_another_network_called_fp32_is_no_teacher_in_silence(tiny):
+    unnamed = {**FP32, "model": WIDE}  # called fp32, being the first
+    (error,) = errors_of(tiny, unnamed, {**FP32, "teacher": "fp32"})
+    assert error.startswith("ladder.1.distill.teacher: 'fp32' is a rung of the same model, and")
+    assert "ladder.0 of that name has another one; give it a name of its own" in error
+    named = {**unnamed, "name": "big"}
+    assert last(tiny, named, {**FP32, "teacher": "fp32"}) == (None, [], False)
+
+
 def test_options_make_another_network_and_weights_do_not(tiny, tmp_path):
     (tmp_path / "a.pt").touch()
     same = {"name": "tiny_convnet", "weights": str(tmp_path / "a.pt")}
@@ -132,6 +141,18 @@ def test_one_teacher_has_the_same_key_however_it_was_found(tiny, teacher):
     plain = make_plan(tiny(ladder=[FP32, W4])).stages
     other = make_plan(tiny(ladder=[FP32, {**W4, "teacher": teacher}])).stages
     assert [stage.key for stage in plain] == [stage.key for stage in other]
+
+
+def test_a_loss_that_never_weighs_anything_is_not_in_the_key(tiny):
+    def key(**distill):
+        features = {"name": "attention_transfer", "layers": ["conv2"]}
+        distill = {"features": features, **distill}
+        return make_plan(tiny(ladder=[FP32, {**W4, "distill": distill}])).stages[1].key
+
+    plain = key(weight=0.0)
+    assert key(weight=0.0, temperature=4.0) == plain
+    assert key(weight=0.0, loss="dist") == plain
+    assert key(weight=0.1) not in (plain, key(weight=0.1, temperature=4.0))
 
 
 def test_dense_best_and_each_number_of_dropped_teachers_have_keys_of_their_own(tiny):

@@ -1,4 +1,7 @@
+import pytest
+from bitladder.pipeline.config_section import Component
 from bitladder.pipeline.plan import make_plan
+from bitladder.pipeline.policy import choose_quantizer
 from bitladder.pipeline.spec import StageSpec
 
 RUNGS = [

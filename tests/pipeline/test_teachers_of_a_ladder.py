@@ -175,6 +175,23 @@ def test_mistakes_in_all_networks_come_at_once_and_nothing_is_written(tiny, tmp_
     assert not (tmp_path / "artifacts").exists()
 
 
+def test_layers_that_cannot_be_compared_are_refused_before_anything_is_trained(tiny, tmp_path):
+    at = {"name": "attention_transfer", "layers": ["act1"], "teacher_layers": ["fc"]}
+    rungs = [
+        FP32,
+        {**W8, "distill": {"features": at}},
+        {**W4, "teacher": "dense", "distill": {"features": {**at, "teacher_layers": ["act1"]}}},
+        {**W2, "distill": {"features": at, "weight": 0.25}},
+    ]
+    with pytest.raises(ConfigError) as caught:
+        open_ladder(tiny(ladder=rungs), tmp_path / "artifacts")
+    assert [error.partition(": layer 'act1': ")[0] for error in caught.value.errors] == [
+        f"ladder.{rung}.distill.features" for rung in (1, 3)
+    ]
+    assert "use fitnets" in caught.value.errors[0]
+    assert not (tmp_path / "artifacts").exists()
+
+
 def test_a_rungs_policy_is_held_against_its_own_network(tiny, tmp_path):
     named = {"rules": [{"match": "features.conv1", "weight_bits": 2}]}
     rungs = [

@@ -44,6 +44,25 @@ def test_costs_are_summed_over_the_quantized_rungs_up_to_a_stage(study, store, f
     assert ladder["seconds"].isna().tolist() == [False, False, False, True]
 
 
+def test_a_stage_costs_what_it_rests_on_and_the_same_in_every_arm(study, store, finish):
+    each = {name: {"init": "fp32"} for name in ("w4a8", "w2a2", "w1a2")}
+    alone = {"set": {"distill": {"teacher": "none"}}}
+    made = study(
+        arms={"each": {**alone, "rungs": each}, "direct": {**alone, **ARMS["direct"]}}, seeds=1
+    )
+    for trial in made.trials:
+        for stage in trial.plan.stages:
+            finish(trial, stage.name, 0.9, seconds=2.5)
+    frame = results(made, store)
+    each, direct = of(frame, "each"), of(frame, "direct")
+    assert each.loc["w1a2", "key"] == direct.loc["w1a2", "key"]
+    assert list(each["epochs"]) == [0, 1, 3, 5]
+    assert list(each["seconds"]) == [0.0, 2.5, 2.5, 2.5]
+    assert list(each["teacher_forwards"]) == [0, 0, 0, 0]
+    assert direct.loc["w1a2", "epochs"] == 5
+    assert (set(each["trial_epochs"]), set(direct["trial_epochs"])) == ({9}, {5})
+
+
 @pytest.mark.parametrize(
     ("distill", "forwards"),
     [
@@ -72,6 +91,20 @@ def test_a_diverged_stage_and_all_below_it_count_as_chance(study, store, finish)
     assert ladder.loc["w2a2", "error"] == "the loss is nan"
     assert list(ladder["test_images"]) == [360] * 4
     assert of(results(made, store), "direct").loc["w1a2", "state"] == "to do"
+
+
+def test_a_stage_that_does_not_rest_on_the_diverged_one_keeps_what_it_has(study, store, finish):
+    each = {name: {"init": "fp32"} for name in ("w4a8", "w2a2", "w1a2")}
+    alone = {"set": {"distill": {"teacher": "none"}}}
+    arms = {"each": {**alone, "rungs": each}, "direct": {**alone, **ARMS["direct"]}}
+    made = study(arms=arms, seeds=1)
+    finish(made.trials[0], "fp32", 0.9)
+    store.fail(made.trials[0].plan.stages[1].key, "the loss is nan", diverged=True)
+    assert list(of(results(made, store), "each")["test_top1"]) == [0.9, 0.1, 0.1, 0.1]
+    finish(made.trials[1], "w1a2", 0.7)  # the same stage, by the other arm
+    found = of(results(made, store), "each")
+    assert list(found["test_top1"]) == [0.9, 0.1, 0.1, 0.7]
+    assert list(found["state"]) == ["done", "diverged", "diverged", "done"]
 
 
 def test_a_first_stage_that_diverged_has_the_chance_of_its_data(study, store):

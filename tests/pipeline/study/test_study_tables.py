@@ -159,6 +159,30 @@ def test_the_choice_is_by_validation_and_cost_and_not_by_test(claim, store, fini
     assert "long - ladder: -31.00 points" in said
 
 
+def test_a_choice_tells_what_every_candidate_costs_and_what_a_tie_is(claim, store, fill):
+    made = claim()
+    fill(made)
+    said = " ".join(text(made, store).split())
+    assert "of ladder, direct, long at w1a2" in said
+    assert re.search(r"direct - long: .*, 5 epochs and 5 teacher forwards: worse, not taken", said)
+    assert "p of 0.05 or more" in said
+
+
+def test_verdicts_are_provisional_until_every_trial_has_ended(claim, store, fill):
+    made = claim()
+    fill(made, {**VALUES, "direct": [0.7, 0.72]})
+    assert "every verdict is provisional" in text(made, store)
+    fill(made)
+    assert "provisional" not in text(made, store)
+
+
+def test_the_text_says_which_data_and_of_what_the_spread_is(claim, store):
+    made = claim(set={"data": {"test": 100}})
+    said = " ".join(text(made, store).split())
+    assert "Data: digits (test=100)." in said
+    assert "not about other data" in said
+
+
 def test_what_all_arms_share_is_one_row_for_people(claim, store, fill):
     made = claim()
     fill(made)

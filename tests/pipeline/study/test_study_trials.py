@@ -177,6 +177,63 @@ def test_a_control_of_a_changed_arm_has_that_arms_settings(study):
     assert config.ladder[1].train.optimizer.lr == 0.9
 
 
+EACH = {name: {"init": "fp32"} for name in ("w4a8", "w2a2", "w1a2")}
+SMALL = {"name": "tiny_convnet", "width": 4}
+
+
+def control_of(make, kind, ladder, **arm):
+    arms = {"ladder": ladder, "control": {"control": kind, "of": "ladder", **arm}}
+    return configs(make(arms=arms))["control"]
+
+
+@pytest.mark.parametrize(("teacher", "epochs"), [("none", 5), ("fp32", 5), ("previous", 1 + 3 + 5)])
+def test_a_control_counts_the_rungs_that_its_own_one_rests_on(study, teacher, epochs):
+    ladder = {"set": {"distill": {"teacher": teacher}}, "rungs": EACH}
+    own = {"distill": {"teacher": "fp32"}, "bin_regularization": {"weight": 1.0}}  # or it is ladder
+    config = control_of(study, "equal_compute", ladder, set=own)
+    assert rungs(config) == [("fp32", 9, "previous"), ("w1a2", epochs, "fp32")]
+
+
+@pytest.mark.parametrize("kind", ["equal_compute", "restarts"])
+def test_a_control_starts_from_the_full_precision_rung_that_the_ladder_starts_from(study, kind):
+    more = {"name": "more", "weight_bits": 32, "activation_bits": 32, "epochs": 2}
+    config = control_of(study, kind, {"ladder": ["fp32", more, "w4a8", "w2a2"]})
+    assert [(name, init) for name, _, init in rungs(config)[:2]] == [
+        ("fp32", "previous"),
+        ("more", "previous"),
+    ]
+    assert rungs(config)[2][2] == "more"
+
+
+def test_a_control_of_a_smaller_network_starts_from_that_networks_own_rung(study):
+    wide = {"weight_bits": 32, "activation_bits": 32}
+    small = {**wide, "model": SMALL, "init": "scratch"}
+    ladder = [
+        {**wide, "name": "big", "epochs": 9},
+        {**small, "name": "small", "teacher": "big", "epochs": 4},
+        {**small, "name": "four", "weight_bits": 4, "activation_bits": 4, "init": "small"},
+        {**small, "name": "two", "weight_bits": 2, "activation_bits": 2, "init": "four"},
+    ]
+    config = control_of(study, "equal_compute", {"ladder": ladder})
+    assert rungs(config) == [("big", 9, "previous"), ("small", 4, "scratch"), ("two", 2, "small")]
+    assert config.ladder[1].distill.teacher == "big"
+    assert config.ladder[2].model == config.ladder[1].model
+
+
+def test_a_control_of_a_ladder_without_full_precision_starts_as_that_does(study):
+    ladder = {"only": ["w4a8", "w2a2"], "rungs": {"w4a8": {"init": "scratch"}}}
+    config = control_of(study, "restarts", ladder)
+    assert rungs(config) == [("w2a2-part-1", 1, "scratch"), ("w2a2", 3, "previous")]
+
+
+def test_epochs_of_another_network_are_not_added_up(study):
+    small = {"weight_bits": 2, "activation_bits": 2, "model": SMALL, "init": "scratch"}
+    ladder = {"ladder": ["fp32", "w4a8", {**small, "name": "small", "teacher": "w4a8"}]}
+    long = {"control": "equal_compute", "of": "ladder"}
+    (error,) = mistakes(study, arms={"ladder": ladder, "long": long})
+    assert error.startswith("arms.long.stage: rests on quantized rungs of another network (w4a8)")
+
+
 def test_the_id_is_of_what_is_trained_and_not_of_how_it_is_written(study):
     arms = {"ladder": {}, "direct": {"only": ["fp32", "w1a2"]}}
     plain = study(arms=arms, seeds=2)
