@@ -46,8 +46,10 @@ def draw(study: Study, found: Tables) -> dict[str, bytes]:
         for panel in axes[len(panels) :]:
             panel.set_axis_off()
         figure.suptitle(study.id, fontsize=10)
+        any_lost = (found.seeds["diverged"] > 0).any()
+        lost = " (orange: diverged; an arrow: off the scale).\n" if any_lost else ". "
         figure.supxlabel(
-            "test top-1 in %. Dots: seeds. Diamond and bar: mean and its 95 % t-interval\n"
+            f"test top-1 in %. Dots: seeds{lost}Diamond and bar: mean and its 95 % t-interval\n"
             "(of an arm by itself; arms are compared by paired differences, see the table)",
             fontsize=8,
         )
@@ -85,6 +87,9 @@ def _panel(panel: Any, stage: str, arms: list[str], found: Tables) -> None:
         heights = [place - 0.14 + offset for offset in _offsets(len(values))]
         colours = [LOST if gone else DOT for gone in own["diverged"] > 0]
         panel.scatter(values, heights, s=16, color=colours, linewidths=0, zorder=2)
+        below = [height for value, height in zip(values, heights, strict=True) if value < low]
+        edge = {"marker": "<", "s": 18, "color": LOST, "clip_on": False}
+        panel.scatter([low] * len(below), below, **edge)  # of chance, and never out of sight
         row = summary.loc[arm]
         if row["mean"] * 100 >= low:
             panel.scatter(

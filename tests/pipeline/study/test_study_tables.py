@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from bitladder.pipeline.errors import StoreError
 from bitladder.pipeline.study import results, text, write_study
+from bitladder.pipeline.study.figure import LOST, draw
 from bitladder.pipeline.study.tables import tables
 from bitladder.pipeline.study.write import FILES
 
@@ -223,6 +224,17 @@ def test_the_figure_names_every_arm_and_every_stage_in_which_they_differ(claim, 
     for name in (*ARMS, "w1a2", made.id):
         assert f">{name}<" in svg
     assert ">fp32<" not in svg  # the same in all
+
+
+def test_the_figure_tells_a_diverged_seed(claim, store, fill):
+    made = claim()
+    fill(made, {**VALUES, "direct": [0.70, 0.71]})
+    figure = draw(made, made_tables(made, store))["svg"].decode()
+    assert "orange" not in figure
+    store.fail(made.trials[5].plan.stages[-1].key, "the loss is nan", diverged=True)
+    figure = draw(made, made_tables(made, store))["svg"].decode()
+    assert "orange: diverged" in figure
+    assert figure.lower().count(LOST.lower()) > 0
 
 
 def test_written_again_the_files_are_the_same_bytes(claim, store, fill):
