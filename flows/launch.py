@@ -51,8 +51,7 @@ def launch(config: RunConfig, store: Store, *, runner: str, listener: Listener) 
             error.add_note(f"what is done is kept; go on after mending the cause with: {command}")
         raise
     finally:
-        run = store.run(run.run)  # an automatic ladder has grown
-        _write_reports(store, run)
+        run = _write_reports(store, run)
     return run
 
 
@@ -90,11 +89,14 @@ def _spec(stage: PlannedStage) -> dict[str, Any]:
     return {"name": stage.name, "key": stage.key, **parents}
 
 
-def _write_reports(store: Store, run: Run) -> None:
+def _write_reports(store: Store, run: Run) -> Run:
+    """Gives back the run as it is now: an automatic ladder has grown."""
     log.debug("phase reports")
     try:
+        run = store.run(run.run)
         frame = accuracy_report(store, run)
         for name, form in REPORTS.items():
             write_report(frame, form, store.reports / run.run / name)
-    except OSError as error:  # the ladder's own error, if any, is the one to show
+    except (OSError, StoreError) as error:  # the ladder's own error, if any, is the one to show
         log.warning("the reports could not be written: %s", error)
+    return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,6 +29,7 @@ RUN_KEYS = ("name", "seed", "data", "model", "runtime", "total_epochs", "ladder"
 RUNG_KEYS = (
     *("name", "weight_bits", "activation_bits", "init", "model", "epochs", "share", "teacher"),
 )
+_IN_RUNG = re.compile(r"ladder\.(\d+)\.((\w+)[.:].*)", re.DOTALL)
 AUTO_RUNG_KEYS = ("epochs", "teacher")  # the others the ladder itself decides
 MAX_STAGES = 64
 # what optimizers, schedules and distillation losses have in common
@@ -102,7 +104,7 @@ def parse_config(raw: Mapping[str, Any]) -> RunConfig:
     stages, rung_errors = _stages(rungs, defaults)
     run, run_errors = validated(RunConfig, {**top, "ladder": ()}, ())
     run = run.model_copy(update={"ladder": tuple(stages)})
-    errors += run_errors + rung_errors + check_parts(run)
+    errors += run_errors + rung_errors + _said_where_written(check_parts(run), rungs)
     if auto is not None:
         errors += teachers_that_may_be_missing(auto, stages)
         errors = said_of_rungs(errors, [stage.name for stage in stages])
@@ -286,6 +288,31 @@ def _said_here(error: str, own: Mapping[str, Any], where: tuple[Any, ...]) -> bo
     """Whether a rung's error is the rung's own, not one of the defaults that is said there."""
     rest = error.removeprefix(path_text(where)).lstrip(".").partition(":")[0].split(".")
     return rest[0] not in INHERITED or rest[0] in own
+
+
+def _said_where_written(errors: Sequence[str], rungs: Any) -> list[str]:
+    """Mistakes in `ladder.N`: in its short forms; those of a section above the ladder said there.
+
+    It is the section's where all rungs that take it over whole, of two or more, have the mistake.
+    """
+    own = [r if isinstance(r, dict) else {} for r in rungs] if isinstance(rungs, list) else []
+    says = [merge_rung({}, rung) for rung in own]
+    heirs = {part: {str(n) for n, own in enumerate(says) if part not in own} for part in INHERITED}
+    found = [match for match in map(_IN_RUNG.fullmatch, errors) if match and match[3] in INHERITED]
+    who: dict[str, set[str]] = {}
+    for match in found:
+        who.setdefault(match[2], set()).add(match[1])
+    above = {m[2] for m in found if len(heirs[m[3]]) > 1 and heirs[m[3]] <= who[m[2]]}
+    said = []
+    for error in errors:
+        if not (match := _IN_RUNG.fullmatch(error)):
+            said.append(error)
+        elif match[2] in above and match[1] in heirs[match[3]]:
+            said.append(match[2])
+        else:
+            index = int(match[1])
+            said.append(_as_written(error, own[index], ("ladder", index)))
+    return list(dict.fromkeys(said))
 
 
 def validated(

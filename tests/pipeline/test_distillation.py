@@ -303,14 +303,20 @@ def test_all_mistakes_of_distillation_come_at_once_with_their_paths():
     features = {"name": "attention_transfer", "layers": ["act1"], "power": 0.0}
     found = errors_of(loss="dist", beta=-1.0, drop=1, features=features)
     assert found == [
-        f"ladder.{rung}.distill{path}: {text}"
-        for rung in (0, 1)
-        for path, text in (
-            ("", "beta must not be below 0, not -1.0"),
-            (".features", "power must be at least 1, not 0.0"),
-            (".drop", "needs several teachers, dense or a list of names, not 'previous'"),
-        )
+        "distill: beta must not be below 0, not -1.0",
+        "distill.features: power must be at least 1, not 0.0",
+        "distill.drop: needs several teachers, dense or a list of names, not 'previous'",
     ]
+
+
+def test_a_mistake_is_said_of_the_rungs_or_of_the_section_above_them_as_it_was_written():
+    own = {**W4A4, "distill": {"loss": "dist", "gamma": -1.0}}
+    assert errors_of((FP32, W4A4, own), loss="dist", beta=-1.0) == [
+        "distill: beta must not be below 0, not -1.0",
+        "ladder.2.distill: beta must not be below 0, not -1.0",
+    ]
+    (error,) = errors_of((FP32, {**W4A4, "teacher": "w9a9"}))
+    assert error.startswith("ladder.1.teacher: unknown teacher 'w9a9'")
 
 
 @pytest.mark.parametrize(

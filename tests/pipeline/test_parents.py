@@ -81,7 +81,7 @@ def test_a_rung_of_another_network_is_a_teacher_by_its_name(tiny):
 def test_a_rung_of_another_network_called_fp32_is_no_teacher_in_silence(tiny):
     unnamed = {**FP32, "model": WIDE}  # called fp32, being the first
     (error,) = errors_of(tiny, unnamed, {**FP32, "teacher": "fp32"})
-    assert error.startswith("ladder.1.distill.teacher: 'fp32' is a rung of the same model, and")
+    assert error.startswith("ladder.1.teacher: 'fp32' is a rung of the same model, and")
     assert "ladder.0 of that name has another one; give it a name of its own" in error
     named = {**unnamed, "name": "big"}
     assert last(tiny, named, {**FP32, "teacher": "fp32"}) == (None, [], False)
@@ -222,7 +222,7 @@ def test_more_than_ten_teachers_stay_in_ladder_order():
 
 def test_an_unknown_teacher_lists_the_rungs_above(tiny):
     (error,) = errors_of(tiny, FP32, W8, {**W4, "teacher": "w8a4"})
-    assert error.startswith("ladder.2.distill.teacher: unknown teacher 'w8a4'; did you mean 'w8a8'")
+    assert error.startswith("ladder.2.teacher: unknown teacher 'w8a4'; did you mean 'w8a8'")
     assert "rungs above: fp32, w8a8" in error
 
 
@@ -239,15 +239,15 @@ def test_all_mistakes_about_parents_come_at_once(tiny):
     for expected in (
         "ladder.0.name: 'best' has a meaning of its own",
         "ladder.1.init: 'w4a4' does not stand above this rung; rungs above: best",
-        "ladder.1.distill.teacher: 'w4a4' does not stand above this rung",
+        "ladder.1.teacher: 'w4a4' does not stand above this rung",
         "ladder.2.init: unknown rung to start from 'fp23'",
-        "ladder.2.distill.teacher: 'dense' stands alone",
-        "ladder.2.distill.teacher: 'w8a8' is named twice",
-        "ladder.2.distill.teacher: unknown teacher 'fp33'",
-        "ladder.2.distill.teacher: unknown teacher 'w9a9'",
+        "ladder.2.teacher: 'dense' stands alone",
+        "ladder.2.teacher: 'w8a8' is named twice",
+        "ladder.2.teacher: unknown teacher 'fp33'",
+        "ladder.2.teacher: unknown teacher 'w9a9'",
         "ladder.3.init: 'w4a4' has another network",
         "give init: scratch (and teacher: w4a4",
-        "ladder.3.distill.teacher: the list is empty",
+        "ladder.3.teacher: the list is empty",
         "ladder.4.name: 'scratch' has a meaning",
         "ladder.4.init: 'fp32' needs a rung above",
         "and the same model; a rung of another model is given by its name",
