@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from ..pipeline.config import RunConfig
-from ..pipeline.errors import BitladderError, ConfigError, Interrupted
+from ..pipeline.errors import BitladderError, ConfigError, Interrupted, StoreError
 from ..pipeline.events import Listener
 from ..pipeline.interruption import Interruption
 from ..pipeline.report import REPORTS, accuracy_report, write_report

@@ -26,7 +26,7 @@ Average = Literal["ema", "tail"]
 class WeightAverage(nn.Module):
     """The average of all parameters of a student, updated after each step of the optimizer.
 
-    Float32 buffers under the parameters' names, "/conv1/weight": part of a checkpoint, and not of
+    Float32 buffers under the parameters' names, "conv1/weight": part of a checkpoint, and not of
     the student. How far it is, is told by the step alone. Of a parameter that no longer learns (a
     step frozen by bin regularization) it holds the last value.
 
@@ -48,7 +48,8 @@ class WeightAverage(nn.Module):
         for name, parameter in student.named_parameters():
             if parameter.is_floating_point():
                 self._learned.append(parameter)
-                own = "/" + name.replace(".", "/")  # a parameter may be called `decay` or `put`
+                # a parameter of the student itself may be called `decay` or `put`
+                own = name.replace(".", "/") if "." in name else f"/{name}"
                 self.register_buffer(own, parameter.detach().float().clone())
 
     @torch.no_grad()

@@ -32,8 +32,11 @@ RUNG_KEYS = (
 _IN_RUNG = re.compile(r"ladder\.(\d+)\.((\w+)[.:].*)", re.DOTALL)
 AUTO_RUNG_KEYS = ("epochs", "teacher")  # the others the ladder itself decides
 MAX_STAGES = 64
-# what optimizers, schedules and distillation losses have in common
-_SHARED = ("lr", "weight_decay", "warmup_epochs", "final", "teacher", "drop", "weight", "features")
+# what optimizers, schedules, distillation losses and feature losses have in common
+_SHARED = (
+    *("lr", "weight_decay", "warmup_epochs", "final", "teacher", "drop", "weight", "features"),
+    *("layers", "teacher_layers"),
+)
 # for a required value that is missing or wrong, so that the rest is checked all the same
 STAND_INS: dict[type[BaseModel], dict[str, Any]] = {
     StageConfig: {"weight_bits": 32, "activation_bits": 32},
@@ -297,11 +300,11 @@ def _said_where_written(errors: Sequence[str], rungs: Any) -> list[str]:
     """
     own = [r if isinstance(r, dict) else {} for r in rungs] if isinstance(rungs, list) else []
     says = [merge_rung({}, rung) for rung in own]
-    heirs = {part: {str(n) for n, own in enumerate(says) if part not in own} for part in INHERITED}
+    heirs = {part: {str(n) for n, has in enumerate(says) if part not in has} for part in INHERITED}
     found = [match for match in map(_IN_RUNG.fullmatch, errors) if match and match[3] in INHERITED]
     who: dict[str, set[str]] = {}
-    for match in found:
-        who.setdefault(match[2], set()).add(match[1])
+    for rung in found:
+        who.setdefault(rung[2], set()).add(rung[1])
     above = {m[2] for m in found if len(heirs[m[3]]) > 1 and heirs[m[3]] <= who[m[2]]}
     said = []
     for error in errors:

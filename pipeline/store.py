@@ -5,6 +5,7 @@ stages/<key>/              a committed stage: never changes
 stages/<key>.part/         work in progress
 stages/<key>.bad-<n>/      set aside: damaged, or made from a parent that has since changed
 reports/<run>/run.json     a run: its config and its stages' keys
+studies/<id>/study.json    a study: its trials and their stages' keys (see `study_record`)
 """
 
 from __future__ import annotations

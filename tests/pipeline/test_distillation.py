@@ -342,6 +342,14 @@ def test_a_mistake_in_distillation_is_named(distill, message):
     assert message in "\n".join(errors_of(**distill))
 
 
+def test_another_feature_loss_in_a_rung_looks_at_the_same_layers(tiny):
+    above = {"name": "attention_transfer", "layers": ["act1"], "weight": 9.0, "power": 3.0}
+    rung = {**W4A4, "distill": {"features": "fitnets"}}
+    found = tiny(distill={"features": above}, ladder=[FP32, rung]).ladder[1].distill.features
+    assert (found.name, found.layers, found.weight) == ("fitnets", ("act1",), 9.0)
+    assert found.options == {}
+
+
 def test_a_moving_weight_and_features_survive_being_stored(tiny):
     weight = {"start": 0.0, "final": 1.0}
     config = tiny(distill={"weight": weight, "features": {**HINTS, "weight": weight}})
