@@ -21,8 +21,9 @@ setup: $(STAMP)  ## make .venv with everything in it (the other targets do so by
 ladder: $(STAMP)  ## run the embedded ladder, FP32 -> 8 -> 4 -> 2 -> 1 bit, and show its table
 	@$(BIN)/bitladder run digits
 
+# Two processes of one thread each: most tests are too small for more, and take turns in a file.
 test: $(STAMP)  ## run the tests; ARGS="-k lsq" chooses
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: style typecheck  ## check style, format and types
 
