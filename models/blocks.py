@@ -174,20 +174,26 @@ def blocks_per_stage(depth: int, block: BlockKind, known: Collection[BlockKind])
 
 
 def residual_stages(
-    unit: Callable[[int, int, int], nn.Module], *, blocks: int, width: int, expansion: int
+    unit: Callable[[int, int, int], nn.Module],
+    *,
+    blocks: int,
+    width: int,
+    expansion: int,
+    stages: int = 3,
 ) -> Iterator[nn.Sequential]:
-    """Three stages of (width, 2 width, 4 width) * expansion channels and strides 1, 2, 2.
+    """Stages of (width, 2 width, 4 width, ...) * expansion channels and strides 1, 2, 2, ...
 
     Args:
         unit: makes a block from its input channels, output channels and stride.
         blocks: blocks in each stage; the first has the stride.
         width: channels that enter the first stage.
         expansion: output channels of a block over the stage's width.
+        stages: how many.
     """
     in_channels = width
-    for factor, stride in ((1, 1), (2, 2), (4, 2)):
-        out_channels = factor * width * expansion
-        first = unit(in_channels, out_channels, stride)
+    for number in range(stages):
+        out_channels = 2**number * width * expansion
+        first = unit(in_channels, out_channels, 2 if number else 1)
         rest = [unit(out_channels, out_channels, 1) for _ in range(blocks - 1)]
         yield nn.Sequential(first, *rest)
         in_channels = out_channels

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from .blocks import (
@@ -11,12 +13,13 @@ from .blocks import (
     check_structure,
     conv,
     initialise,
+    residual_stages,
     widened,
 )
 from .registry import MODELS
 from .resnet import PostActBasic
 
-STAGES = ((1, 1), (2, 2), (4, 2), (8, 2))  # of each stage: factor on the channels, stride
+STAGES = 4
 BLOCKS_A_STAGE = 2
 
 
@@ -53,26 +56,19 @@ class CifarResNet18(nn.Module):
     ) -> None:
         super().__init__()
         check_structure(num_classes, in_channels, image_size, width)
-        channels = width = widened(width, widen)
+        width = widened(width, widen)
         make_activation = activation_maker(activation, activation_clip)
         self.conv1 = conv(in_channels, width, 3)
         self.bn1 = nn.BatchNorm2d(width)
         self.act1 = make_activation(width)
+        unit = partial(PostActBasic, make_activation=make_activation, shortcut=shortcut)
+        found = residual_stages(
+            unit, blocks=BLOCKS_A_STAGE, width=width, expansion=1, stages=STAGES
+        )
         self.stages = nn.Sequential()
-        for number, (factor, stride) in enumerate(STAGES, start=1):
-            blocks = []
-            for index in range(BLOCKS_A_STAGE):
-                block = PostActBasic(
-                    channels,
-                    factor * width,
-                    1 if index else stride,
-                    make_activation=make_activation,
-                    shortcut=shortcut,
-                )
-                blocks.append(block)
-                channels = factor * width
-            self.stages.add_module(f"layer{number}", nn.Sequential(*blocks))
-        self.fc = nn.Linear(channels, num_classes)
+        for number, stage in enumerate(found, start=1):
+            self.stages.add_module(f"layer{number}", stage)
+        self.fc = nn.Linear(2 ** (STAGES - 1) * width, num_classes)
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:

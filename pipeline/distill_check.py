@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,15 +38,12 @@ def layer_mistakes(run: RunConfig, named: ModelConfig, model: nn.Module) -> list
         model: the same, built.
     """
     errors = []
-    for index, stage in enumerate(run.ladder):
-        features, above = stage.distill.features, parents_of(run, index).teachers
-        if features is None or not stage.distill.follows_features or not above:
-            continue
+    for index, features, above in _with_features(run):
         asked = {}
         if any(run.model_of(run.ladder[teacher]) == named for teacher in above):
             own = features.teacher_layers
             asked["layers" if own is None else "teacher_layers"] = own or features.layers
-        if run.model_of(stage) == named:
+        if run.model_of(run.ladder[index]) == named:
             asked["layers"] = features.layers
         for key, layers in asked.items():
             for layer in dict.fromkeys(layers):
@@ -66,10 +63,7 @@ def size_mistakes(run: RunConfig, networks: Sequence[nn.Module], images: Tensor)
         images: any few, (N, C, H, W).
     """
     errors = []
-    for index, stage in enumerate(run.ladder):
-        features, above = stage.distill.features, parents_of(run, index).teachers
-        if features is None or not stage.distill.follows_features or not above:
-            continue
+    for index, features, above in _with_features(run):
         student, *teachers = (networks[n].eval() for n in (index, *above))
         try:
             build_features(
@@ -78,6 +72,14 @@ def size_mistakes(run: RunConfig, networks: Sequence[nn.Module], images: Tensor)
         except ValueError as error:
             errors.append(f"{path_text(('ladder', index, 'distill', 'features'))}: {error}")
     return errors
+
+
+def _with_features(run: RunConfig) -> Iterator[tuple[int, FeatureConfig, tuple[int, ...]]]:
+    """The rungs that follow inner layers of teachers: position, settings, teachers' positions."""
+    for index, stage in enumerate(run.ladder):
+        features, above = stage.distill.features, parents_of(run, index).teachers
+        if features is not None and stage.distill.follows_features and above:
+            yield index, features, above
 
 
 def _without_teacher(stage: StageConfig) -> list[Mistake]:
