@@ -1,7 +1,6 @@
 """Weight averaging: the averages themselves, the config, and a stage that ends with one."""
 
 import json
-import signal
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from bitladder.pipeline.store import Store
 from bitladder.pipeline.tensors import read_checkpoint
 from bitladder.quant.oscillation import followed_layers
 from safetensors.torch import load_file
+from stop_after import StopAfter
 from torch import nn
 
 RUNGS = [
@@ -252,17 +252,6 @@ def test_averages_at_one_bit_have_two_levels_and_a_range_of_their_own(tiny, stor
     quantizer = model.conv2.weight_quantizer
     levels = quantizer.encode(model.conv2.weight).levels()
     torch.testing.assert_close(quantizer.range()[1], levels[:, 1])
-
-
-class StopAfter:
-    """Stops a ladder once after a number of training steps, as a signal would."""
-
-    def __init__(self, looks):
-        self.looks = looks
-
-    def __call__(self):
-        self.looks -= 1
-        return signal.SIGTERM if self.looks <= 0 else None
 
 
 FROZEN = {"weight": 0.1, "warmup": 0.4, "freeze_weight_scale": True}

@@ -1,6 +1,5 @@
 import itertools
 import json
-import signal
 
 import pytest
 import torch
@@ -20,22 +19,12 @@ from bitladder.pipeline.schedule import weight_at
 from bitladder.pipeline.store import Store
 from bitladder.pipeline.teachers import dropped_teachers, teach
 from safetensors.torch import load_file
+from stop_after import StopAfter
 from torch import nn
 
 FP32 = {"weight_bits": 32, "activation_bits": 32}
 W4A4 = {"weight_bits": 4, "activation_bits": 4}
 HINTS = {"name": "fitnets", "layers": ["act1", "conv2"], "weight": 0.5}
-
-
-class StopAfter:
-    """Stops a stage once after a number of training steps, as a signal would."""
-
-    def __init__(self, looks):
-        self.looks = looks
-
-    def __call__(self):
-        self.looks -= 1
-        return signal.SIGTERM if self.looks <= 0 else None
 
 
 def net(width=4, seed=0):

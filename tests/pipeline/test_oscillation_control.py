@@ -1,7 +1,6 @@
 """Oscillation control in a ladder: the config, the terms, the metrics, and resuming."""
 
 import json
-import signal
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from bitladder.quant import quant_layers
 from bitladder.quant.quantizers.lsq import LSQ
 from bitladder.quant.swap import quantizers
 from safetensors.torch import load_file
+from stop_after import StopAfter
 
 RUNGS = [
     {"weight_bits": 32, "activation_bits": 32},
@@ -158,17 +158,6 @@ def test_a_rung_without_narrow_weights_is_not_followed(tiny, store, run):
     rungs = [RUNGS[0], {"weight_bits": 8, "activation_bits": 4, "epochs": 1}]
     record = run(tiny(ladder=rungs, oscillation=FREEZE), store)[1]
     assert "weights_frozen" not in record.metrics
-
-
-class StopAfter:
-    """Stops a ladder once after a number of training steps, as a signal would."""
-
-    def __init__(self, looks):
-        self.looks = looks
-
-    def __call__(self):
-        self.looks -= 1
-        return signal.SIGTERM if self.looks <= 0 else None
 
 
 # the second with its first oscillations, the others with frozen weights
