@@ -70,10 +70,11 @@ def run_study(run: StudyRun, store: Store) -> None:
     """
     study = load(run)
     outcomes = execute(study, run, store)
-    _print_tables(study, store)
-    from ..pipeline.study import write_study
+    from ..pipeline.study import study_tables, text, write_study
 
-    for path in [*write_study(study, store), study_folder(store, study.id) / FILE]:
+    found = study_tables(study, store)
+    print(text(study, store, found))
+    for path in [*write_study(study, store, found), study_folder(store, study.id) / FILE]:
         print(path)
     raise_failures(study, outcomes, run.command(store))
 
@@ -86,7 +87,9 @@ def show_study(run: StudyRun, store: Store) -> None:
     if not any((store.stages / key).is_dir() for task in tasks for key in task.keys):
         print(f"nothing of {study.id} is in {store.root} yet")
     else:
-        _print_tables(study, store)
+        from ..pipeline.study import study_tables, text
+
+        print(text(study, store, study_tables(study, store)))
     if left:
         print(f"\n{len(left)} of {len(tasks)} trials are left; go on with: {run.command(store)}")
 
@@ -238,12 +241,6 @@ def _record(study: Study, command: str) -> StudyRecord:
         for trial in study.trials
     )
     return StudyRecord(study.id, command, trials)
-
-
-def _print_tables(study: Study, store: Store) -> None:
-    from ..pipeline.study import text
-
-    print(text(study, store))
 
 
 def raise_failures(study: Study, outcomes: dict[int, Outcome], command: str) -> None:

@@ -24,13 +24,17 @@ WIDTH = 100  # letters of a line of the terminal; tables take what they need
 FILES = ("values.csv", "summary.csv", "comparisons.csv", "study.md", "study.png", "study.svg")
 
 
-def write_study(study: Study, store: Store) -> list[Path]:
-    """Writes tables and figure, as far as the study has come; each file is whole or not there.
+def study_tables(study: Study, store: Store) -> Tables:
+    """What is told, as far as the study has come."""
+    return tables(study, results(study, store))
+
+
+def write_study(study: Study, store: Store, found: Tables) -> list[Path]:
+    """Writes tables and figure; each file is whole or not there.
 
     Raises:
         StoreError: the store cannot be written.
     """
-    found = tables(study, results(study, store))
     contents = {
         "values.csv": _csv(found.rows),
         "summary.csv": _csv(found.summary),
@@ -48,9 +52,8 @@ def write_study(study: Study, store: Store) -> list[Path]:
     return [folder / name for name in FILES]
 
 
-def text(study: Study, store: Store) -> str:
+def text(study: Study, store: Store, found: Tables) -> str:
     """The tables for a terminal, and what one must know to read them."""
-    found = tables(study, results(study, store))
     parts = [study.id, "\n".join(fill(note, WIDTH) for note in notes(study, store, found))]
     for title, table in _titled(study, found):
         parts.append(f"{title}\n{table.to_string(index=False)}")

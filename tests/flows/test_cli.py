@@ -15,7 +15,6 @@ import pytest
 import torch
 import yaml
 from bitladder.flows import ladder
-from bitladder.flows.__main__ import main
 from bitladder.pipeline.config_load import load_config
 from bitladder.pipeline.plan import make_plan
 from bitladder.pipeline.store import Store
@@ -63,20 +62,6 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def bitladder(monkeypatch, capsys):
-    """Runs a command; gives back its exit code, standard output and standard error."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["bitladder", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        return end.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 def write(config, path="tiny.yaml", **changes):

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import yaml
 from bitladder.flows import study
-from bitladder.flows.__main__ import main
 from bitladder.flows.study_run import StudyRun, execute, load
 from bitladder.flows.trials import processes
 from bitladder.pipeline.errors import Diverged
@@ -70,20 +69,6 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.delenv("BITLADDER_STORE", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "troubled", raising=False)
-
-
-@pytest.fixture
-def bitladder(monkeypatch, capsys):
-    """Runs a command; gives back its exit code, standard output and standard error."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["bitladder", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        return end.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 def write(path="tiny.yaml", **changes):

@@ -4,9 +4,8 @@ from io import BytesIO, StringIO
 import pandas as pd
 import pytest
 from bitladder.pipeline.errors import StoreError
-from bitladder.pipeline.study import results, text, write_study
+from bitladder.pipeline.study import study_tables, text, write_study
 from bitladder.pipeline.study.figure import LOST, draw
-from bitladder.pipeline.study.tables import tables
 from bitladder.pipeline.study.write import FILES
 
 ARMS = {
@@ -46,8 +45,12 @@ def fill(finish):
     return all_of
 
 
-def made_tables(made, store):
-    return tables(made, results(made, store))
+def told(made, store):
+    return text(made, store, study_tables(made, store))
+
+
+def written(made, store):
+    return write_study(made, store, study_tables(made, store))
 
 
 def row(frame, **where):
@@ -60,7 +63,7 @@ def row(frame, **where):
 def test_a_summary_has_mean_spread_count_and_every_value(claim, store, fill):
     made = claim()
     fill(made)
-    found = row(made_tables(made, store).summary, arm="ladder", stage="w1a2")
+    found = row(study_tables(made, store).summary, arm="ladder", stage="w1a2")
     assert (found["n"], found["seeds"], found["diverged"]) == (3, 3, 0)
     assert found["mean"] == pytest.approx(0.81)
     assert found["sd"] == pytest.approx(0.01)
@@ -72,18 +75,18 @@ def test_a_summary_has_mean_spread_count_and_every_value(claim, store, fill):
 def test_an_unfinished_seed_is_left_out_and_said(claim, store, fill):
     made = claim()
     fill(made, {**VALUES, "direct": [0.7, 0.72]})
-    found = made_tables(made, store)
+    found = study_tables(made, store)
     assert row(found.summary, arm="direct", stage="w1a2")["n"] == 2
     assert row(found.summary, arm="direct", stage="w1a2")["values"] == "0.7 0.72 -"
     compared = row(found.comparisons, against="direct")
     assert (compared["n"], compared["missing_seeds"]) == (2, "2")
-    assert "8 of 9 trials have ended" in text(made, store)
+    assert "8 of 9 trials have ended" in told(made, store)
 
 
 def test_comparisons_are_paired_and_adjusted_over_their_family(claim, store, fill):
     made = claim()
     fill(made)
-    found = made_tables(made, store).comparisons
+    found = study_tables(made, store).comparisons
     clear, close = row(found, against="direct"), row(found, against="long")
     assert clear["difference"] == pytest.approx((0.1 + 0.105 + 0.098) / 3)
     assert clear["p_holm"] == pytest.approx(2 * clear["p"])
@@ -96,7 +99,7 @@ def test_one_more_comparison_in_a_family_makes_its_p_values_larger(claim, store,
     families = {"one": FAMILIES["claim"][:1], "two": FAMILIES["claim"]}
     made = claim(families=families)
     fill(made)
-    found = made_tables(made, store).comparisons
+    found = study_tables(made, store).comparisons
     alone = row(found, family="one")
     among = row(found, family="two", against="direct")
     assert among["p"] == alone["p"] == alone["p_holm"]
@@ -109,7 +112,7 @@ def test_folds_of_a_seed_are_pooled_by_their_test_images(study, store, finish):
         made.trials, [(0.5, 100), (0.8, 300), (0.6, 100), (0.6, 300)], strict=True
     ):
         finish(trial, "fp32", test, images=images)
-    found = row(made_tables(made, store).summary, arm="one", stage="fp32")
+    found = row(study_tables(made, store).summary, arm="one", stage="fp32")
     assert [float(v) for v in found["values"].split()] == pytest.approx([0.725, 0.6])
     assert (found["n"], found["seeds"]) == (2, 2)
 
@@ -117,7 +120,7 @@ def test_folds_of_a_seed_are_pooled_by_their_test_images(study, store, finish):
 def test_a_seed_has_no_value_before_all_its_folds_have_one(study, store, finish):
     made = study(arms={"one": {"only": ["fp32"]}}, seeds=1, folds=2)
     finish(made.trials[0], "fp32", 0.5)
-    found = row(made_tables(made, store).summary, arm="one", stage="fp32")
+    found = row(study_tables(made, store).summary, arm="one", stage="fp32")
     assert (found["n"], found["values"]) == (0, "-")
 
 
@@ -127,7 +130,7 @@ def test_a_diverged_fold_counts_with_as_many_images_as_others_had(study, store, 
     finish(made.trials[1], "fp32", 0.9, images=300)
     finish(made.trials[2], "fp32", 0.5, images=100)
     store.fail(made.trials[3].plan.stages[0].key, "the loss is nan", diverged=True)
-    found = row(made_tables(made, store).summary, arm="one", stage="fp32")
+    found = row(study_tables(made, store).summary, arm="one", stage="fp32")
     assert [float(v) for v in found["values"].split()] == pytest.approx([0.8, (50 + 30) / 400])
     assert found["diverged"] == 1
 
@@ -137,10 +140,10 @@ def test_a_diverged_trial_is_counted_and_named(claim, store, fill):
     fill(made, {**VALUES, "direct": [0.70, 0.71]})
     lost = made.trials[5]
     store.fail(lost.plan.stages[-1].key, "the loss is nan", diverged=True)
-    found = row(made_tables(made, store).summary, arm="direct", stage="w1a2")
+    found = row(study_tables(made, store).summary, arm="direct", stage="w1a2")
     assert (found["n"], found["diverged"]) == (3, 1)
     assert found["values"] == "0.7 0.71 0.1"
-    said = " ".join(text(made, store).split())
+    said = " ".join(told(made, store).split())
     assert "Diverged: direct, seed 2 at w1a2 (the loss is nan)" in said
     assert "9 of 9 trials have ended (8 done, 1 diverged)" in said
 
@@ -153,9 +156,9 @@ def test_the_choice_is_by_validation_and_cost_and_not_by_test(claim, store, fini
         for stage in trial.plan.stages:
             value = validation[trial.arm][trial.seed]
             finish(trial, stage.name, test[trial.arm], val=value)
-    choice = made_tables(made, store).choice
+    choice = study_tables(made, store).choice
     assert (choice.best, choice.ties, choice.chosen) == ("ladder", ("ladder", "direct"), "direct")
-    said = " ".join(text(made, store).split())
+    said = " ".join(told(made, store).split())
     assert "Chosen on validation: direct" in said
     assert "long - ladder: -31.00 points" in said
 
@@ -163,7 +166,7 @@ def test_the_choice_is_by_validation_and_cost_and_not_by_test(claim, store, fini
 def test_a_choice_tells_what_every_candidate_costs_and_what_a_tie_is(claim, store, fill):
     made = claim()
     fill(made)
-    said = " ".join(text(made, store).split())
+    said = " ".join(told(made, store).split())
     assert "of ladder, direct, long at w1a2" in said
     assert re.search(r"direct - long: .*, 5 epochs and 5 teacher forwards: worse, not taken", said)
     assert "p of 0.05 or more" in said
@@ -172,14 +175,14 @@ def test_a_choice_tells_what_every_candidate_costs_and_what_a_tie_is(claim, stor
 def test_verdicts_are_provisional_until_every_trial_has_ended(claim, store, fill):
     made = claim()
     fill(made, {**VALUES, "direct": [0.7, 0.72]})
-    assert "every verdict is provisional" in text(made, store)
+    assert "every verdict is provisional" in told(made, store)
     fill(made)
-    assert "provisional" not in text(made, store)
+    assert "provisional" not in told(made, store)
 
 
 def test_the_text_says_which_data_and_of_what_the_spread_is(claim, store):
     made = claim(set={"data": {"test": 100}})
-    said = " ".join(text(made, store).split())
+    said = " ".join(told(made, store).split())
     assert "Data: digits (test=100)." in said
     assert "not about other data" in said
 
@@ -187,22 +190,22 @@ def test_the_text_says_which_data_and_of_what_the_spread_is(claim, store):
 def test_what_all_arms_share_is_one_row_for_people(claim, store, fill):
     made = claim()
     fill(made)
-    assert text(made, store).count("(all arms)") == 1
+    assert told(made, store).count("(all arms)") == 1
 
 
 def test_a_study_that_has_not_begun_can_be_told_and_written(claim, store):
     made = claim()
-    assert "0 of 9 trials have ended" in text(made, store)
-    assert "Nothing is chosen yet" in text(made, store)
-    assert [path.name for path in write_study(made, store)] == list(FILES)
+    assert "0 of 9 trials have ended" in told(made, store)
+    assert "Nothing is chosen yet" in told(made, store)
+    assert [path.name for path in written(made, store)] == list(FILES)
 
 
 def test_the_files_hold_what_the_tables_hold(claim, store, fill):
     made = claim()
     fill(made)
-    paths = {path.name: path for path in write_study(made, store)}
+    paths = {path.name: path for path in written(made, store)}
     assert {path.parent for path in paths.values()} == {store.root / "studies" / made.id}
-    found = made_tables(made, store)
+    found = study_tables(made, store)
     for name, frame in (("values", found.rows), ("summary", found.summary)):
         read = pd.read_csv(BytesIO(paths[f"{name}.csv"].read_bytes()))
         column = "test_top1" if name == "values" else "mean"
@@ -218,7 +221,7 @@ def test_the_files_hold_what_the_tables_hold(claim, store, fill):
 def test_the_figure_names_every_arm_and_every_stage_in_which_they_differ(claim, store, fill):
     made = claim()
     fill(made)
-    paths = {path.name: path for path in write_study(made, store)}
+    paths = {path.name: path for path in written(made, store)}
     assert paths["study.png"].read_bytes().startswith(b"\x89PNG")
     svg = paths["study.svg"].read_text()
     for name in (*ARMS, "w1a2", made.id):
@@ -229,10 +232,10 @@ def test_the_figure_names_every_arm_and_every_stage_in_which_they_differ(claim, 
 def test_the_figure_tells_a_diverged_seed(claim, store, fill):
     made = claim()
     fill(made, {**VALUES, "direct": [0.70, 0.71]})
-    figure = draw(made, made_tables(made, store))["svg"].decode()
+    figure = draw(made, study_tables(made, store))["svg"].decode()
     assert "orange" not in figure
     store.fail(made.trials[5].plan.stages[-1].key, "the loss is nan", diverged=True)
-    figure = draw(made, made_tables(made, store))["svg"].decode()
+    figure = draw(made, study_tables(made, store))["svg"].decode()
     assert "orange: diverged" in figure
     assert figure.lower().count(LOST.lower()) > 0
 
@@ -240,12 +243,12 @@ def test_the_figure_tells_a_diverged_seed(claim, store, fill):
 def test_written_again_the_files_are_the_same_bytes(claim, store, fill):
     made = claim()
     fill(made)
-    first = [path.read_bytes() for path in write_study(made, store)]
-    assert [path.read_bytes() for path in write_study(made, store)] == first
+    first = [path.read_bytes() for path in written(made, store)]
+    assert [path.read_bytes() for path in written(made, store)] == first
 
 
 def test_a_store_that_cannot_be_written_is_told(claim, store):
     store.root.parent.mkdir(exist_ok=True)
     store.root.write_text("a file")
     with pytest.raises(StoreError, match="cannot be used"):
-        write_study(claim(), store)
+        written(claim(), store)
