@@ -22,11 +22,10 @@ from .errors import Diverged, Interrupted
 from .evaluate import evaluate
 from .files import write_atomic
 from .learner import Learner
-from .optimizer import OptimizerPair, build_optimizer, global_norm_clip, set_lr
+from .optimizer import OptimizerPair, build_optimizer
 from .record import CHECKPOINT, METRICS
-from .schedule import lr_factor
-from .teachers import dropped_teachers, teach
 from .tensors import write_checkpoint
+from .training_step import TrainingStep
 
 log = logging.getLogger(__name__)
 EVALUATION_BATCH = 512
@@ -98,8 +97,9 @@ def fit(
     steps = stage.train.epochs * per_epoch
     clock = _Clock(done=at.epoch * per_epoch + at.batch, steps=steps)
     saved = time.monotonic()
-    bins, drop = stage.bin_regularization, stage.distill.drop
-    frozen = False
+    step = TrainingStep(
+        learner, teachers, optimizer, stage, steps=steps, per_epoch=per_epoch, seed=seed
+    )
     x: Tensor | None = None  # a checkpoint may lie after an epoch's last batch
     _write_history(around.workdir, at.history)
     log.debug("phase training")
@@ -115,31 +115,11 @@ def fit(
             device=device,
         )
         for x, targets in batches:
-            step = at.epoch * per_epoch + at.batch
-            progress = step / steps
-            if not frozen and progress >= bins.warmup:
-                freeze_scales(learner.student, bins.freeze_weight_scale, "weight_quantizer")
-                freeze_scales(learner.student, bins.freeze_activation_scale, "input_quantizer")
-                frozen = True
-            set_lr(optimizer, lr_factor(stage.train.schedule, step, steps, per_epoch))
-            taught = teach(
-                teachers if learner.objective.follows(progress) else (),
-                x,
-                layers=learner.objective.taps(progress)[1],
-                left_out=dropped_teachers(len(teachers), drop, seed=seed, step=step),
-            )
-            learner.before_step(progress)
-            terms = learner(x, targets, taught, progress)
-            if device.type == "cpu" or step % CHECK_EVERY == 0:
+            number = at.epoch * per_epoch + at.batch
+            terms = step.losses(x, targets, number)
+            if device.type == "cpu" or number % CHECK_EVERY == 0:
                 _require_finite(terms["total"], learner, x, around, at, per_epoch)
-            terms["total"].backward()
-            if stage.train.clip_grad_norm is not None:
-                global_norm_clip(learner, stage.train.clip_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            learner.after_step(progress)
-            if learner.averaging is not None:
-                learner.averaging.update(step, steps)
+            step.update(terms["total"], number)
             _add(at, terms, len(targets))
             at.batch += 1
             if clock.tick():
@@ -257,15 +237,6 @@ def _require_finite(
         + (f", and the last good checkpoint is {around.workdir / CHECKPOINT}" if kept else "")
         + "; give this rung a lower train.optimizer.lr or a train.clip_grad_norm and run again",
     )
-
-
-def freeze_scales(student: nn.Module, freeze: bool, half: str) -> None:
-    """Fixes the steps of all `weight_quantizer`s or `input_quantizer`s, if `freeze`."""
-    if freeze:
-        for name, parameter in student.named_parameters():
-            if f".{half}." in f".{name}":
-                parameter.requires_grad_(False)
-                parameter.grad = None
 
 
 def _save(

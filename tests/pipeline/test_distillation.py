@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from bitladder.models.tapped import Outputs
-from bitladder.pipeline import fit as fit_module
+from bitladder.pipeline import training_step
 from bitladder.pipeline.config import BinRegularizationConfig, OscillationConfig, TrainConfig
 from bitladder.pipeline.config_distill import DistillConfig, ScheduledWeight
 from bitladder.pipeline.config_load import parse_config
@@ -230,7 +230,7 @@ def test_a_dense_ladder_with_dropped_teachers_resumes_to_the_same_bits(
         asked.append((len(teachers), len(left_out)))
         return teach(teachers, x, layers=layers, left_out=left_out)
 
-    monkeypatch.setattr(fit_module, "teach", spy)
+    monkeypatch.setattr(training_step, "teach", spy)
     rungs = [FP32, {"weight_bits": 8, "activation_bits": 8}, W4A4, {**W4A4, "name": "last"}]
     config = tiny(
         ladder=rungs,

@@ -1,0 +1,105 @@
+"""One training step of a stage: rates, teachers, losses, gradients, optimizer, what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .config import StageConfig
+from .learner import Learner
+from .optimizer import OptimizerPair, global_norm_clip, set_lr
+from .schedule import lr_factor
+from .teachers import dropped_teachers, teach
+
+
+class TrainingStep:
+    """What a stage does with each batch.
+
+    All that changes over a stage is a function of the step's number and the seed, so a resumed
+    stage needs no state beside that of the learner and the optimizer.
+
+    Args:
+        teachers: in eval mode and without gradients; they see the student's own batches.
+        steps: of the whole stage.
+        per_epoch: steps of an epoch.
+        seed: decides which teachers a batch does without.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        teachers: Sequence[nn.Module],
+        optimizer: Optimizer | OptimizerPair,
+        stage: StageConfig,
+        *,
+        steps: int,
+        per_epoch: int,
+        seed: int,
+    ) -> None:
+        self.learner = learner
+        self.teachers = teachers
+        self.optimizer = optimizer
+        self.steps = steps
+        self._stage, self._per_epoch, self._seed = stage, per_epoch, seed
+        self._frozen = False
+
+    def losses(self, x: Tensor, targets: Tensor, step: int) -> dict[str, Tensor]:
+        """Every term of the loss and their weighted sum under "total"; scalars, float32.
+
+        Args:
+            x: images, (N, C, H, W).
+            targets: class numbers, (N,).
+            step: 0-based, within the stage.
+        """
+        progress = step / self.steps
+        self._freeze_scales(progress)
+        factor = lr_factor(self._stage.train.schedule, step, self.steps, self._per_epoch)
+        set_lr(self.optimizer, factor)
+        objective = self.learner.objective
+        taught = teach(
+            self.teachers if objective.follows(progress) else (),
+            x,
+            layers=objective.taps(progress)[1],
+            left_out=dropped_teachers(
+                len(self.teachers), self._stage.distill.drop, seed=self._seed, step=step
+            ),
+        )
+        self.learner.before_step(progress)
+        terms: dict[str, Tensor] = self.learner(x, targets, taught, progress)
+        return terms
+
+    def update(self, total: Tensor, step: int) -> None:
+        """Moves the weights down the gradient of `losses`' total, of the same step."""
+        total.backward()
+        if self._stage.train.clip_grad_norm is not None:
+            global_norm_clip(self.learner, self._stage.train.clip_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.learner.after_step(step / self.steps)
+        if self.learner.averaging is not None:
+            self.learner.averaging.update(step, self.steps)
+
+    def __call__(self, x: Tensor, targets: Tensor, step: int) -> dict[str, Tensor]:
+        """Both; gives back the terms of the loss."""
+        terms = self.losses(x, targets, step)
+        self.update(terms["total"], step)
+        return terms
+
+    def _freeze_scales(self, progress: float) -> None:
+        bins = self._stage.bin_regularization
+        if self._frozen or progress < bins.warmup:
+            return
+        freeze_scales(self.learner.student, bins.freeze_weight_scale, "weight_quantizer")
+        freeze_scales(self.learner.student, bins.freeze_activation_scale, "input_quantizer")
+        self._frozen = True
+
+
+def freeze_scales(student: nn.Module, freeze: bool, half: str) -> None:
+    """Fixes the steps of all `weight_quantizer`s or `input_quantizer`s, if `freeze`."""
+    if freeze:
+        for name, parameter in student.named_parameters():
+            if f".{half}." in f".{name}":
+                parameter.requires_grad_(False)
+                parameter.grad = None
