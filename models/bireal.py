@@ -6,9 +6,20 @@ them carries the values themselves on. The names of layers are those of basic bl
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
-from .blocks import MakeActivation, ShortcutKind, conv, norm_after, pool_before, shortcut_path
+from .blocks import (
+    MakeActivation,
+    ShortcutKind,
+    SoleReaders,
+    conv,
+    norm_after,
+    pool_before,
+    readers_of_entry,
+    shortcut_path,
+)
 
 
 class PreActBiReal(nn.Module):
@@ -40,6 +51,11 @@ class PreActBiReal(nn.Module):
         self.shortcut_pool = pool_before(shortcut, stride)
         self.shortcut = shortcut_path(shortcut, in_channels, out_channels, stride)
 
+    @property
+    def sole_readers(self) -> SoleReaders:
+        """See `blocks`."""
+        return {**readers_of_entry(self.shortcut, self.shortcut_pool), "act2": ("conv2",)}
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, H / stride, W / stride)."""
         y = self.act1(self.bn1(x))
@@ -57,6 +73,8 @@ class PostActBiReal(nn.Module):
     Source: Liu et al., Bi-Real Net, ECCV 2018, arXiv:1808.00278, figure 3. Differs from it in:
     nothing; its first training step, too, has a clip to -1 .. 1 where the sign will stand.
     """
+
+    sole_readers: ClassVar[SoleReaders] = {"act1": ("conv1",), "act2": ("conv2",)}
 
     def __init__(
         self,
@@ -94,6 +112,8 @@ class ReAct(nn.Module):
     Differs from it in: nothing; the sign with a learned shift before each convolution is the
     quantizer `reactnet`.
     """
+
+    last_activation: ClassVar[str] = "act2"
 
     def __init__(
         self,

@@ -1,10 +1,15 @@
-"""What the networks of this folder are made of."""
+"""What the networks of this folder are made of.
+
+A class that holds activations has an attribute `sole_readers`: name of an activation -> names of
+the layers with weights that read it, where nothing else does and they read nothing else. What
+comes after in the network is free to leave such an activation out (`quant/absorb.py`).
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -17,6 +22,7 @@ BlockKind = Literal["basic", "bottleneck", "bireal", "react"]
 ShortcutKind = Literal["conv", "pad", "pool"]
 ActivationKind = Literal["relu", "rprelu", "hardtanh"]
 MakeActivation = Callable[[int], nn.Module]  # from its number of channels
+SoleReaders = Mapping[str, tuple[str, ...]]
 
 DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)
 
@@ -142,6 +148,37 @@ def pool_before(kind: ShortcutKind, stride: int) -> nn.Module:
     if kind == "pool" and stride > 1:
         return nn.AvgPool2d(stride, ceil_mode=True)  # rounded up, as a convolution does
     return nn.Identity()
+
+
+def readers_of_entry(shortcut: nn.Module | None, pool: nn.Module) -> SoleReaders:
+    """`sole_readers` of a pre-activation block's first activation.
+
+    Args:
+        shortcut: what stands in the block for `shortcut_path`; it may be quantized by now.
+        pool: from `pool_before`.
+    """
+    if shortcut is None:  # x itself goes around the block
+        return {"act1": ("conv1",)}
+    return {"act1": ("conv1", "shortcut")} if _starts_with_weights(shortcut, pool) else {}
+
+
+def readers_between_blocks(network: nn.Module) -> SoleReaders:
+    """`sole_readers` of `act1` of the network, and of each block's `last_activation`.
+
+    They are read by the next block: by layers alone where its shortcut has weights.
+    """
+    blocks = {n: m for n, m in network.named_modules() if hasattr(m, "last_activation")}
+    ends = ["act1", *(f"{name}.{block.last_activation}" for name, block in blocks.items())]
+    return {
+        activation: (f"{name}.conv1", f"{name}.shortcut")
+        for activation, (name, block) in zip(ends, blocks.items(), strict=False)
+        if _starts_with_weights(block.shortcut, block.shortcut_pool)
+    }
+
+
+def _starts_with_weights(shortcut: object, pool: object) -> bool:
+    padded = shortcut is None or isinstance(shortcut, PadShortcut)
+    return not padded and isinstance(pool, nn.Identity)
 
 
 def norm_after(shortcut: nn.Module | None) -> nn.Module:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import pairwise
 
 from torch import Tensor, nn
 
 from .blocks import (
     ActivationKind,
+    SoleReaders,
     activation_maker,
     at_depth,
     check_structure,
@@ -70,6 +72,16 @@ class PlainConvNet(nn.Module):
         self.features = nn.Sequential(layers)
         self.fc = nn.Linear(channels, num_classes)
         initialise(self)
+
+    @property
+    def sole_readers(self) -> SoleReaders:
+        """See `blocks`; pooling, where it follows, is no layer with weights."""
+        names = [name for name, _ in self.features.named_children()]
+        return {
+            f"features.{name}": (f"features.{after}",)
+            for name, after in pairwise(names)
+            if name.startswith("act") and after.startswith("conv")
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, K)."""

@@ -15,6 +15,7 @@ from .blocks import (
     BlockKind,
     MakeActivation,
     ShortcutKind,
+    SoleReaders,
     activation_maker,
     at_depth,
     blocks_per_stage,
@@ -22,6 +23,7 @@ from .blocks import (
     conv,
     initialise,
     pool_before,
+    readers_of_entry,
     residual_stages,
     shortcut_path,
     widened,
@@ -119,6 +121,11 @@ class PreActBasic(nn.Module):
         self.shortcut_pool = pool_before(shortcut, stride)
         self.shortcut = shortcut_path(shortcut, in_channels, out_channels, stride)
 
+    @property
+    def sole_readers(self) -> SoleReaders:
+        """See `blocks`."""
+        return {**readers_of_entry(self.shortcut, self.shortcut_pool), "act2": ("conv2",)}
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, H / stride, W / stride)."""
         y = self.act1(self.bn1(x))
@@ -152,6 +159,15 @@ class PreActBottleneck(nn.Module):
         self.conv3 = conv(channels, out_channels, 1)
         self.shortcut_pool = pool_before(shortcut, stride)
         self.shortcut = shortcut_path(shortcut, in_channels, out_channels, stride)
+
+    @property
+    def sole_readers(self) -> SoleReaders:
+        """See `blocks`."""
+        return {
+            **readers_of_entry(self.shortcut, self.shortcut_pool),
+            "act2": ("conv2",),
+            "act3": ("conv3",),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, H / stride, W / stride)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from .blocks import (
     BlockKind,
     MakeActivation,
     ShortcutKind,
+    SoleReaders,
     activation_maker,
     at_depth,
     blocks_per_stage,
@@ -22,6 +24,7 @@ from .blocks import (
     initialise,
     norm_after,
     pool_before,
+    readers_between_blocks,
     residual_stages,
     shortcut_path,
     widened,
@@ -90,6 +93,11 @@ class CifarResNet(nn.Module):
         self.fc = nn.Linear(4 * width * facts.expansion, num_classes)
         initialise(self)
 
+    @property
+    def sole_readers(self) -> SoleReaders:
+        """See `blocks`."""
+        return readers_between_blocks(self)
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, K)."""
         x = self.act1(self.bn1(self.conv1(x)))
@@ -98,6 +106,9 @@ class CifarResNet(nn.Module):
 
 class PostActBasic(nn.Module):
     """Two 3x3 convolutions, each with batch norm, and ReLU after the sum."""
+
+    sole_readers: ClassVar[SoleReaders] = {"act1": ("conv2",)}
+    last_activation: ClassVar[str] = "act2"
 
     def __init__(
         self,
@@ -130,6 +141,9 @@ class PostActBasic(nn.Module):
 
 class PostActBottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions; the 3x3 has the stride and a quarter of the channels."""
+
+    sole_readers: ClassVar[SoleReaders] = {"act1": ("conv2",), "act2": ("conv3",)}
+    last_activation: ClassVar[str] = "act3"
 
     def __init__(
         self,

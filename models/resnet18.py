@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from .blocks import (
     ActivationKind,
     ShortcutKind,
+    SoleReaders,
     activation_maker,
     check_structure,
     conv,
     initialise,
+    readers_between_blocks,
     residual_stages,
     widened,
 )
@@ -70,6 +72,11 @@ class CifarResNet18(nn.Module):
             self.stages.add_module(f"layer{number}", stage)
         self.fc = nn.Linear(2 ** (STAGES - 1) * width, num_classes)
         initialise(self)
+
+    @property
+    def sole_readers(self) -> SoleReaders:
+        """See `blocks`."""
+        return readers_between_blocks(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, K)."""

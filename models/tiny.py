@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from .blocks import (
     ActivationKind,
+    SoleReaders,
     activation_maker,
     check_structure,
     conv,
@@ -28,6 +31,8 @@ class TinyConvNet(nn.Module):
         activation: ReLU, or RPReLU, after which quantizers of inputs are signed.
         activation_clip: largest value that a ReLU lets pass; None for no limit.
     """
+
+    sole_readers: ClassVar[SoleReaders] = {"act1": ("conv2",)}
 
     def __init__(
         self,

@@ -1,8 +1,10 @@
 """Low-bit quantization of PyTorch networks: methods, module swap, calibration, measures."""
 
+from .absorb import absorb_relus, restore_relus
 from .calibrate import bake, calibrate, ranges, reestimate_batch_norm
 from .core import WIDTHS, QTensor, Quantizer, Range, Site
 from .describe import describe, describe_text
+from .fold import fold_batch_norm
 from .layers import QuantLayer
 from .metrics import (
     bit_operations,
@@ -65,6 +67,7 @@ __all__ = [
     "Site",
     "Stepping",
     "UnknownNameError",
+    "absorb_relus",
     "activation_bin_regularization",
     "apply_plan",
     "bake",
@@ -77,6 +80,7 @@ __all__ = [
     "describe_text",
     "effectiveness",
     "float_state_dict",
+    "fold_batch_norm",
     "ideal_bytes",
     "layer_plan",
     "layer_report",
@@ -89,6 +93,7 @@ __all__ = [
     "quantizer_parameters",
     "ranges",
     "reestimate_batch_norm",
+    "restore_relus",
     "sqnr",
     "unquantized",
     "weight_bin_regularization",

@@ -94,6 +94,7 @@ def companded(
     top: int,
     signed: bool,
     grad_scale: float = 1.0,
+    open_low: bool = False,
 ) -> Tensor:
     """Rounds evenly behind the compander and maps back: clip * z(code).
 
@@ -107,11 +108,12 @@ def companded(
         top: number of the highest code.
         signed: whether the sign is kept and the size rounded; else negative values become 0.
         grad_scale: factor on the gradients of `clip` and `theta`.
+        open_low: whether zero itself gets no gradient, unsigned; see `Quantizer.absorbs`.
 
     Returns:
         The quantized values in the dtype and memory format of `x`.
     """
-    return _Companded.apply(x, clip, theta, floor, top, signed, grad_scale)
+    return _Companded.apply(x, clip, theta, floor, top, signed, grad_scale, open_low)
 
 
 class _Companded(torch.autograd.Function):
@@ -127,6 +129,7 @@ class _Companded(torch.autograd.Function):
         top: int,
         signed: bool,
         grad_scale: float,
+        open_low: bool,
     ) -> Tensor:
         limit = torch.maximum(clip, floor)
         compander = Compander.of(theta, top)
@@ -138,6 +141,8 @@ class _Companded(torch.autograd.Function):
         kept = y if y.dtype == value.dtype else None
         ctx.save_for_backward(x, limit, cell.to(torch.int16), kept)
         ctx.options = compander, signed, grad_scale
+        # open at the clip; at zero, unsigned, closed unless it is to be open
+        ctx.low = -1.0 if signed else 0.0 if open_low else -TINY
         return y
 
     @staticmethod
@@ -145,10 +150,7 @@ class _Companded(torch.autograd.Function):
         x, limit, cell, value = ctx.saved_tensors
         compander, signed, grad_scale = ctx.options
         wide_x, wide_grad = wide(x), wide(grad)
-        # the range is open at the clip and, unsigned, closed at zero
-        grad_x = torch.ops.aten.hardtanh_backward.default(
-            wide_grad, wide_x / limit, -1.0 if signed else -TINY, 1.0
-        )
+        grad_x = torch.ops.aten.hardtanh_backward.default(wide_grad, wide_x / limit, ctx.low, 1.0)
         if value is None:
             value = look_up(compander.table(limit), cell.int())
             value = value.copysign_(wide_x) if signed else value
@@ -158,7 +160,7 @@ class _Companded(torch.autograd.Function):
         total, error = _by_cell([size_grad, error], cell, compander)
         grad_clip = (total[INTERVALS].sum() + error[:INTERVALS].sum() / limit) * grad_scale
         grad_theta = _theta_gradient(compander, limit * total, error) * grad_scale
-        return grad_x.to(x.dtype), grad_clip, grad_theta, None, None, None, None
+        return grad_x.to(x.dtype), grad_clip, grad_theta, None, None, None, None, None
 
 
 def _by_cell(parts: list[Tensor], cell: Tensor, compander: Compander) -> list[Tensor]:

@@ -108,6 +108,9 @@ class Quantizer(nn.Module, ABC):
     declares: frozenset[str] = frozenset()
     # whether its parameters need the weights' decay, as nothing else makes them smaller
     decays: ClassVar[bool] = False
+    # whether the ReLU in front is left out (`absorb_relus`); zero itself then gets no gradient,
+    # as it gets none from a ReLU
+    absorbs: bool = False
 
     def __init__(self, site: Site, *, per_channel: bool = False) -> None:
         super().__init__()
@@ -171,6 +174,16 @@ class Quantizer(nn.Module, ABC):
 
         Shape () or (channels,). Hand-over between widths and methods goes through this alone.
         """
+
+    @property
+    def clamps_at_zero(self) -> bool:
+        """Whether a ReLU in front changes nothing: no value, and while it `absorbs` no gradient.
+
+        Gradients are those of `x` and of all parameters, bit for bit; values so small that they
+        are zero in units of the step may differ in theirs. State that follows the input, such as
+        a moving range, may not depend on what lies below zero either.
+        """
+        return False
 
     def latent(self, x: Tensor) -> Tensor:
         """What rounding sees of `x`, on the scale of the output, with its gradient.

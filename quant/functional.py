@@ -48,12 +48,13 @@ def to_codes(level: Tensor, low: Bound, bits: int) -> Tensor:
 def learned_step(
     x: Tensor,
     scale: Tensor,
-    low: float,
-    high: float,
+    low: Bound,
+    high: Bound,
     *,
     midrise: bool = False,
-    grad_scale: float = 1.0,
+    grad_scale: Bound = 1.0,
     floor: Tensor | None = None,
+    open_low: bool = False,
 ) -> Tensor:
     """Rounds to multiples of a learned step (LSQ), or half-way between them (UniQ).
 
@@ -66,14 +67,16 @@ def learned_step(
         scale: (), or (C,) for a step per slice of axis 0.
         low: lowest level in steps; high: highest.
         midrise: whether levels are half-integers.
-        grad_scale: factor on the gradient of `scale`.
+        grad_scale: factor on the gradient of `scale`. It and the bounds are numbers; or all three
+            tensors (), so that code compiled for one width runs at every other.
         floor: lower bound of the step in the shape of `scale`. The gradient passes through it
             unchanged, so that a step below it can come back.
+        open_low: whether dL/dx is 0 where u = low; see `Quantizer.absorbs`.
 
     Returns:
         The quantized values in the dtype and memory format of `x`.
     """
-    return _LearnedStep.apply(x, scale, floor, low, high, midrise, grad_scale)
+    return _LearnedStep.apply(x, scale, floor, low, high, midrise, grad_scale, open_low)
 
 
 def round_through(
@@ -90,9 +93,16 @@ def round_within(
     return _RoundWithin.apply(x, scale, low, high, start, end)
 
 
-def inside(grad: Tensor, u: Tensor, low: float, high: float) -> Tensor:
-    """`grad` where low <= u <= high, else 0. hardtanh_backward alone would leave the bounds out."""
-    return torch.ops.aten.hardtanh_backward.default(grad, u, just_below(low), -just_below(-high))
+def inside(grad: Tensor, u: Tensor, low: Bound, high: Bound, *, open_low: bool = False) -> Tensor:
+    """`grad` where low <= u <= high, else 0; with `open_low` where low < u <= high.
+
+    hardtanh_backward alone would leave both bounds out. It takes numbers only: with tensors, which
+    are for compiled code, a mask does it.
+    """
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return grad * ((u > low if open_low else u >= low) & (u <= high))
+    start = low if open_low else just_below(low)
+    return torch.ops.aten.hardtanh_backward.default(grad, u, start, -just_below(-high))
 
 
 def just_below(bound: float) -> float:
@@ -139,36 +149,40 @@ class _LearnedStep(torch.autograd.Function):
         x: Tensor,
         scale: Tensor,
         floor: Tensor | None,
-        low: float,
-        high: float,
+        low: Bound,
+        high: Bound,
         midrise: bool,
-        grad_scale: float,
+        grad_scale: Bound,
+        open_low: bool,
     ) -> Tensor:
         step = scale if floor is None else torch.maximum(scale, floor)
         step = per_channel_view(step, x)
         value = round_to_level(wide(x) / step, low, high, midrise=midrise).mul_(step)
         y = value.to(x.dtype)
         # the layer keeps y anyway; in half precision it is too coarse for the step's gradient
-        ctx.save_for_backward(x, step, y if y.dtype == value.dtype else None)
-        ctx.grid = low, high, midrise, grad_scale
+        grid = (low, high, grad_scale)
+        tensors = grid if isinstance(low, Tensor) else ()
+        ctx.save_for_backward(x, step, y if y.dtype == value.dtype else None, *tensors)
+        ctx.grid = () if tensors else grid
+        ctx.midrise, ctx.open_low = midrise, open_low
         ctx.scale_shape = scale.shape
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, step, value = ctx.saved_tensors
-        low, high, midrise, grad_scale = ctx.grid
+        x, step, value, *tensors = ctx.saved_tensors
+        low, high, grad_scale = tensors or ctx.grid
         grad = wide(grad)
         u = wide(x) / step
-        grad_x = inside(grad, u, low, high)
+        grad_x = inside(grad, u, low, high, open_low=ctx.open_low)
         grad_step = None
         if ctx.needs_input_grad[1]:
             if value is None:
-                value = round_to_level(u, low, high, midrise=midrise).mul_(step)
+                value = round_to_level(u, low, high, midrise=ctx.midrise).mul_(step)
             error = (value * grad).addcmul_(grad_x, wide(x), value=-1)
             total = error.sum() if step.dim() == 0 else error.flatten(1).sum(1)
             grad_step = total / step.view(ctx.scale_shape) * grad_scale
-        return grad_x.to(x.dtype), grad_step, None, None, None, None, None
+        return grad_x.to(x.dtype), grad_step, None, None, None, None, None, None
 
 
 class _RoundThrough(torch.autograd.Function):

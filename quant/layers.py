@@ -76,19 +76,30 @@ class QuantLayer(nn.Module):
         if self.weight_quantizer is not None:
             weight = turned(layer, self.weight_quantizer(self.weight))
         # The plain layers are called directly: functional_call costs as much as a small layer.
-        if type(layer) is nn.Linear and not _hooked(layer):
+        if type(layer) is nn.Linear and not hooked(layer):
             output = F.linear(x, weight, layer.bias)
-        elif type(layer) in CONVOLUTIONS and not _hooked(layer):
-            output = layer._conv_forward(x, weight, layer.bias)
+        elif type(layer) in CONVOLUTIONS and not hooked(layer):
+            output = layer._conv_forward(x, _restrided(weight, self.latent), layer.bias)
         else:
             output = functional_call(layer, {"weight": weight}, (x, *args), kwargs)
         return output
 
 
-def _hooked(layer: nn.Module) -> bool:
-    """Whether somebody hung hooks on the layer before it was swapped."""
+def hooked(layer: nn.Module) -> bool:
+    """Whether somebody hung hooks on it."""
     before, after = layer._forward_pre_hooks, layer._forward_hooks
     return bool(before or after or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def _restrided(weight: Tensor, latent: Tensor) -> Tensor:
+    """The weight with the strides of the latent one, of which it is a dense copy.
+
+    With one input channel (grey images) the strides of shape (O, 1, h, w) can be told in two ways.
+    Arithmetic picks the contiguous one, and the whole first stage would leave channels last.
+    """
+    if weight.shape[1] != 1 or weight.stride() == latent.stride() or not latent.is_contiguous():
+        return weight
+    return weight.as_strided(weight.shape, latent.stride())
 
 
 def turned(layer: nn.Module, weight: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ class LearnedClipQuantizer(Quantizer):
     calibrated value, which the gradient ignores; see `LearnedStepQuantizer`. Weights may be
     normalized first; the clip is then in units of their standard deviation.
 
-    A subclass rounds: `rounded` with a gradient, `encoded` without.
+    A subclass rounds: `rounded` with a gradient, `encoded` without. Unsigned, it clamps at zero
+    and heeds `absorbs`.
     """
 
     clip: nn.Parameter
@@ -107,6 +108,11 @@ class LearnedClipQuantizer(Quantizer):
         with torch.no_grad():
             q = scaled(self.encoded(z), deviation)
         return restored(self.rounded(z), deviation, q).to(x.dtype)
+
+    @property
+    def clamps_at_zero(self) -> bool:
+        """See `Quantizer.clamps_at_zero`."""
+        return not self.signed
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> QTensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .core import QTensor, Quantizer, Range, Site
 from .functional import (
+    Bound,
     learned_step,
     per_channel_view,
     round_to_level,
@@ -34,6 +35,7 @@ class LearnedStepQuantizer(Quantizer):
 
     scale: nn.Parameter
     scale_floor: Tensor
+    grid: Tensor
 
     def __init__(
         self,
@@ -55,6 +57,8 @@ class LearnedStepQuantizer(Quantizer):
         shape = (site.channels,) if per_channel else ()
         self.scale = nn.Parameter(torch.ones(shape))
         self.register_buffer("scale_floor", torch.full(shape, LOWEST_STEP))
+        # what differs between widths, for compiled code, to which numbers would be constants
+        self.register_buffer("grid", torch.tensor([low, high, grad_levels**-0.5]), persistent=False)
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, *, keep: Range | None = None) -> None:
@@ -76,15 +80,30 @@ class LearnedStepQuantizer(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized values, in the dtype and memory format of `x`, with a gradient."""
+        low: Bound = self.low
+        high: Bound = self.high
+        factor: Bound
+        if torch.compiler.is_dynamo_compiling():
+            low, high, levels = self.grid.unbind()
+            counted = 0.0 if self.grad_scale == "none" else 1.0
+            factor = (self._count(x) ** -0.5 * levels) ** counted
+        else:
+            factor = self.grad_factor(x)
         return learned_step(
             x,
             self.scale,
-            self.low,
-            self.high,
+            low,
+            high,
             midrise=self.midrise,
-            grad_scale=self.grad_factor(x),
+            grad_scale=factor,
             floor=self.scale_floor,
+            open_low=self.absorbs,
         )
+
+    @property
+    def clamps_at_zero(self) -> bool:
+        """See `Quantizer.clamps_at_zero`."""
+        return not self.signed
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> QTensor:
@@ -119,9 +138,13 @@ class LearnedStepQuantizer(Quantizer):
         """What the gradient of the step is multiplied by, for an input of this size."""
         if self.grad_scale == "none":
             return 1.0
+        return float(self._count(x) * self.grad_levels) ** -0.5
+
+    def _count(self, x: Tensor) -> int:
+        """The N of 1 / sqrt(N * Qp)."""
         numel = x.numel()
         if self.grad_scale == "numel_per_channel" and self.channel_axis is not None:
             numel //= x.shape[self.channel_axis]
         elif self.grad_scale == "channel_count" and self.site.target == "activation":
             numel = x.shape[self.site.channel_axis]
-        return float(max(numel, 1) * self.grad_levels) ** -0.5
+        return max(numel, 1)

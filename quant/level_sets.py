@@ -143,6 +143,7 @@ class _LevelSet(torch.autograd.Function):
         # the layer keeps y anyway; in half precision it is too coarse for the clip's gradient
         ctx.save_for_backward(x, limit, table, y if y.dtype == value.dtype else None)
         ctx.quantizer, ctx.grad_scale = quantizer, grad_scale
+        ctx.absorbs = quantizer.absorbs
         return y
 
     @staticmethod
@@ -150,7 +151,8 @@ class _LevelSet(torch.autograd.Function):
         x, limit, table, value = ctx.saved_tensors
         quantizer = ctx.quantizer
         wide_grad = wide(grad)
-        grad_in = inside(wide_grad, wide(x) / limit, quantizer.lower_bound, 1.0)
+        low = 0.0 if ctx.absorbs else quantizer.lower_bound
+        grad_in = inside(wide_grad, wide(x) / limit, low, 1.0, open_low=ctx.absorbs)
         grad_clip = None
         if ctx.needs_input_grad[1]:
             if value is None:

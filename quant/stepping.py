@@ -24,6 +24,11 @@ class Stepping:
             if layer.weight_quantizer is not None and _defines(layer.weight_quantizer, "after_step")
         ]
 
+    @property
+    def anneals(self) -> bool:
+        """Whether some gradient changes with the progress of the stage."""
+        return bool(self._annealed)
+
     def before(self, progress: float) -> None:
         """To be called before the forward pass.
 

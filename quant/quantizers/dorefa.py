@@ -57,13 +57,18 @@ class DoReFa(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         """The quantized values, in the dtype and memory format of `x`, with a gradient."""
         if self.site.target == "activation":
-            return learned_step(x, self.scale, 0.0, float(self.top))
+            return learned_step(x, self.scale, 0.0, float(self.top), open_low=self.absorbs)
         latent = self.latent(x)
         scale = self._weight_scale(x, latent)
         if self.training:
             self.magnitude.copy_(scale * (self.top / 2))
         half = self.top / 2
         return round_through(latent, scale, -half, half, midrise=True).to(x.dtype)
+
+    @property
+    def clamps_at_zero(self) -> bool:
+        """See `Quantizer.clamps_at_zero`."""
+        return self.site.target == "activation"
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> QTensor:

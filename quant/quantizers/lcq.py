@@ -73,6 +73,7 @@ class LCQ(LearnedClipQuantizer):
             top=self.top,
             signed=self.signed,
             grad_scale=factor,
+            open_low=self.absorbs,
         )
 
     def encoded(self, x: Tensor) -> QTensor:

@@ -96,6 +96,11 @@ class NuLSQ(Quantizer):
         """The quantized values, in the dtype and memory format of `x`, with a gradient."""
         return _FreeSteps.apply(x, self.steps, self)
 
+    @property
+    def clamps_at_zero(self) -> bool:
+        """See `Quantizer.clamps_at_zero`."""
+        return not self.signed
+
     @torch.no_grad()
     def encode(self, x: Tensor) -> QTensor:
         """The same values as codes."""
@@ -164,6 +169,7 @@ class _FreeSteps(torch.autograd.Function):
         # the layer keeps y anyway; in half precision it is too coarse for the steps' gradient
         ctx.save_for_backward(x, places, y if y.dtype == value.dtype else value)
         ctx.quantizer, ctx.levels, ctx.steps = quantizer, levels, quantizer.distances()
+        ctx.absorbs = quantizer.absorbs
         return y
 
     @staticmethod
@@ -177,7 +183,7 @@ class _FreeSteps(torch.autograd.Function):
         above, below = flat.new_zeros(()), flat.new_zeros(())
         for part in chunks(flat):
             share = (flat[part] - low).div_(top - low)  # 0 .. 1 inside
-            grad_x[part] = inside(grads[part], share, 0.0, 1.0)
+            grad_x[part] = inside(grads[part], share, 0.0, 1.0, open_low=ctx.absorbs)
             if ctx.needs_input_grad[1]:
                 error = (values[part] - flat[part]).mul_(grads[part])
                 add_by_place(sums, places[part].long(), error)

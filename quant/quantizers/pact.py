@@ -68,7 +68,7 @@ class _Clip(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, limit = ctx.saved_tensors
         share, wide_grad = wide(x) / limit, wide(grad)
-        # bounds left out on both sides
+        # bounds left out on both sides: this absorbs a ReLU as it is
         grad_x = torch.ops.aten.hardtanh_backward.default(wide_grad, share, 0.0, 1.0)
         grad_clip = None
         if ctx.needs_input_grad[1]:

@@ -71,7 +71,12 @@ class WRPN(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized values, in the dtype and memory format of `x`, with a gradient."""
-        return learned_step(x, self.scale, self.low, self.high)
+        return learned_step(x, self.scale, self.low, self.high, open_low=self.absorbs)
+
+    @property
+    def clamps_at_zero(self) -> bool:
+        """See `Quantizer.clamps_at_zero`."""
+        return self.site.target == "activation"
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> QTensor:
