@@ -185,6 +185,9 @@ class AveragingConfig(Section):
         return self
 
 
+Precision = Literal["fp32", "bf16"]
+
+
 class TrainConfig(Section):
     """How a stage is trained."""
 
@@ -196,6 +199,8 @@ class TrainConfig(Section):
     clip_grad_norm: Positive | None = None
     label_smoothing: Fraction = 0.0
     augment: bool = True
+    precision: Precision = "fp32"  # bf16: of layers' inputs and weights; scales, losses stay fp32
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: where it pays
     calibration_batches: PositiveInt = 8
     batch_norm_batches: Annotated[int, Field(ge=0)] = 50  # re-estimation; 0 switches it off
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -107,6 +107,10 @@ class DistillConfig(BaseModel):
     loss: str = "kl"
     weight: ShareWeight = 0.5  # of the soft loss; the labels' cross-entropy gets the rest
     features: FeatureConfig | None = None
+    teacher_precision: Literal["fp32", "bf16"] = "fp32"  # bf16: its weights and activations
+    fold_batch_norm: bool = False  # of teachers, into their weights; the classes that flip are told
+    # keep each teacher's logits of all training images, where these never vary (no augmentation)
+    cache_teacher: bool = False
 
     @property
     def options(self) -> dict[str, Any]:

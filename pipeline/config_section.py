@@ -17,7 +17,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-def is_set(section: Section, field: str) -> bool:
+def is_set(section: BaseModel, field: str) -> bool:
     """Whether a value differs from its default; a stored config spells every default out."""
     return bool(getattr(section, field) != type(section).model_fields[field].default)
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..models.tapped import check_layers
-from .config import ModelConfig, RunConfig, StageConfig
+from .config import DataConfig, ModelConfig, RunConfig, StageConfig
 from .config_distill import DistillConfig, FeatureConfig
 from .config_options import Mistake, check_options
+from .data import DATASETS
 from .features import build_features
 from .losses import FEATURE_LOSSES, LOSSES
 from .parents import is_distilled, parents_of
@@ -26,7 +27,8 @@ def distill_mistakes(run: RunConfig, index: int) -> list[Mistake]:
     else:
         found = _loss(distill)
         found += _features(distill.features) if distill.features is not None else []
-        found += _drop(distill, rungs=len(run.ladder)) if is_distilled(stage) else []
+        if is_distilled(stage):
+            found += _drop(distill, rungs=len(run.ladder)) + _cache(stage, run.data)
     return [(f"distill.{key}" if key else "distill", text) for key, text in found]
 
 
@@ -129,3 +131,29 @@ def _drop(distill: DistillConfig, *, rungs: int) -> list[Mistake]:
     if drop < most:
         return []
     return [("drop", f"{drop} of {most} teachers leaves none; give less than {most}")]
+
+
+def _cache(stage: StageConfig, data: DataConfig) -> list[Mistake]:
+    """Logits can be kept where a teacher sees the same images in each epoch, and nothing else."""
+    if not stage.distill.cache_teacher:
+        return []
+    found = []
+    if stage.distill.follows_features:
+        text = "keeps logits, and distill.features needs inner layers; take one of them out"
+        found.append(("cache_teacher", text))
+    if stage.train.augment and (how := _augmentation(data)):
+        text = (
+            f"needs the same images in each epoch, and {data.name} augments them ({how}); "
+            "give train.augment: false, or take cache_teacher out"
+        )
+        found.append(("cache_teacher", text))
+    return found
+
+
+def _augmentation(data: DataConfig) -> str:
+    """What the options of a data set say of its augmentation; a stage's start sees the rest."""
+    if data.name not in DATASETS:
+        return ""  # said with the data
+    options = {name: p.default for name, p in DATASETS[data.name].options().items()} | data.options
+    found = {name: options.get(name) for name in ("crop", "flip", "resized_crop")}
+    return ", ".join(f"{name}: {value}" for name, value in found.items() if value)

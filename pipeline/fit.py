@@ -6,13 +6,13 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .config import StageConfig
@@ -24,6 +24,7 @@ from .files import write_atomic
 from .learner import Learner
 from .optimizer import OptimizerPair, build_optimizer
 from .record import CHECKPOINT, METRICS
+from .teachers import Teachers
 from .tensors import write_checkpoint
 from .training_step import TrainingStep
 
@@ -67,7 +68,7 @@ class Position:
 
 def fit(
     learner: Learner,
-    teachers: Sequence[nn.Module],
+    teachers: Teachers,
     data: DataBundle,
     stage: StageConfig,
     around: Surroundings,
@@ -80,7 +81,7 @@ def fit(
     """Trains the learner in place; gives back one dict of metrics per epoch.
 
     Args:
-        teachers: in eval mode and without gradients; they see the student's own batches.
+        teachers: they see the student's own batches.
         resume: what the checkpoint of an interrupted run holds; the learner already has its
             weights. The result is bit for bit that of a run never interrupted (on one CPU
             configuration), because all else is a function of seed, epoch and step.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.tapped import Outputs, tapped
+from ..quant.functional import wide
 from ..quant.oscillation import OscillationTracker, followed_layers, weight_dampening
 from ..quant.regularizers import (
     activation_bin_regularization,
@@ -17,9 +18,16 @@ from ..quant.regularizers import (
 )
 from ..quant.stepping import Stepping
 from .averaging import WeightAverage, note_ranges
-from .config import AveragingConfig, BinRegularizationConfig, OscillationConfig, TrainConfig
+from .config import (
+    AveragingConfig,
+    BinRegularizationConfig,
+    OscillationConfig,
+    Precision,
+    TrainConfig,
+)
 from .config_distill import DistillConfig
 from .features import FeatureTerm
+from .full_batches import FullBatches
 from .losses import LOSSES, Step
 from .schedule import annealed, weight_at
 
@@ -145,11 +153,20 @@ class Learner(nn.Module):
         tracker: follows oscillating weights, where that is asked for and weights are narrow
             enough. Its state is part of this module's and not of the student's.
         averaging: the running average of the student's weights, where that is asked for; likewise.
+        fast: runs the student's forward pass, compiled, where nothing has to look inside it.
+
+    Args:
+        precision: what the student's layers compute in; ranges, scales, statistics and losses are
+            in float32 at least.
     """
 
-    def __init__(self, student: nn.Module, objective: Objective) -> None:
+    def __init__(
+        self, student: nn.Module, objective: Objective, *, precision: Precision = "fp32"
+    ) -> None:
         super().__init__()
         self.student = student
+        self.precision = precision
+        self.fast: FullBatches | None = None
         self.objective = objective
         self.tracker = _tracker(student, objective.oscillation)
         self.averaging = _averaging(student, objective.averaging)
@@ -172,20 +189,30 @@ class Learner(nn.Module):
         """
         with ExitStack() as stack:
             inputs: dict[str, Tensor] = {}
+            run: Callable[[Tensor], Tensor] = self.fast or self.student
             if self.objective.collects(progress):
                 inputs = stack.enter_context(collect_inputs(self.student))
+                run = self.student  # compiled code does not see hooks that come later
             if self.tracker is not None and self.objective.freezing(progress) is not None:
                 stack.enter_context(self.tracker.holding())
+                run = self.student
             layers, _ = self.objective.taps(progress)
-            outputs = tapped(self.student, x, layers)
+            with self.autocast(x.device):
+                outputs = tapped(self.student, x, layers) if layers else Outputs(run(x))
+            logits = wide(outputs.logits)
+            features = {name: wide(feature) for name, feature in outputs.features.items()}
             steps = [
-                Step(outputs.logits, targets, own.logits, outputs.features, own.features, number)
+                Step(logits, targets, own.logits, features, own.features, number)
                 for number, own in enumerate(teacher_outputs)
                 if own is not None
             ]
-            steps = steps or [Step(outputs.logits, targets, None)]
+            steps = steps or [Step(logits, targets, None)]
             terms: dict[str, Tensor] = self.objective(steps, self.student, inputs, progress)
         return terms
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context in which the student runs."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def before_step(self, progress: float) -> None:
         """To be called before the forward pass; `progress` as there."""

@@ -39,6 +39,11 @@ def build_network(network: Mapping[str, Any], *, seed: int) -> nn.Module:
         options=network["options"],
         seed=seed,
     )
+    return in_fastest_format(model)
+
+
+def in_fastest_format(model: nn.Module) -> nn.Module:
+    """Any network in the memory format in which it trains fastest, in place: channels last."""
     if _dies_of_channels_last(model):
         model.register_forward_pre_hook(_channels_first)
         return model.to(memory_format=torch.contiguous_format)

@@ -15,7 +15,7 @@ from ..models import source_hash
 from ..quant.quantizers import QUANTIZERS
 from .config import ModelConfig, PolicyConfig, RunConfig, StageConfig, TrainConfig
 from .config_distill import DistillConfig, constant
-from .config_section import Component
+from .config_section import Component, is_set
 from .data import DATASETS
 from .data.fingerprint import fingerprint
 from .errors import ConfigError
@@ -26,7 +26,7 @@ from .spec import Plan, PlannedStage, StageSpec
 
 # Raised when the numbers that the training recipe gives change: batch order, schedules,
 # calibration, hand-over, re-estimation.
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -86,6 +86,9 @@ def _determining(stage: StageConfig, *, teachers: int) -> dict[str, Any]:
     if stage.full_precision or not used:
         values.pop("bin_regularization")
     values["oscillation"] = _oscillation(stage)
+    values["train"].pop("compile")  # decided when the stage begins, as the machine has it
+    if not is_set(stage.train, "precision"):
+        values["train"].pop("precision")
     averaging = _averaging(stage.train)
     values["train"].pop("averaging")
     values["train"] |= {"averaging": averaging} if averaging else {}
@@ -111,6 +114,9 @@ def _distillation(distill: DistillConfig, teachers: int) -> dict[str, Any]:
     values["drop"] = min(distill.drop, teachers - 1)  # one is always kept
     if values["drop"] == 0:
         values.pop("drop")
+    for cost in ("teacher_precision", "fold_batch_norm", "cache_teacher"):
+        if not is_set(distill, cost):
+            values.pop(cost)
     if (weight := constant(distill.weight)) is not None:
         values["weight"] = weight
     if not distill.follows_logits:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..models.tapped import Outputs
 from .config import StageConfig
 from .learner import Learner
 from .optimizer import OptimizerPair, global_norm_clip, set_lr
 from .schedule import lr_factor
-from .teachers import dropped_teachers, teach
+from .teachers import Teachers, dropped_teachers
 
 
 class TrainingStep:
@@ -21,7 +22,8 @@ class TrainingStep:
     stage needs no state beside that of the learner and the optimizer.
 
     Args:
-        teachers: in eval mode and without gradients; they see the student's own batches.
+        teachers: networks in eval mode and without gradients, or what `ready_teachers` makes of
+            them; they see the student's own batches.
         steps: of the whole stage.
         per_epoch: steps of an epoch.
         seed: decides which teachers a batch does without.
@@ -30,7 +32,7 @@ class TrainingStep:
     def __init__(
         self,
         learner: Learner,
-        teachers: Sequence[nn.Module],
+        teachers: Teachers | Sequence[nn.Module],
         optimizer: Optimizer | OptimizerPair,
         stage: StageConfig,
         *,
@@ -39,7 +41,7 @@ class TrainingStep:
         seed: int,
     ) -> None:
         self.learner = learner
-        self.teachers = teachers
+        self.teachers = teachers if isinstance(teachers, Teachers) else Teachers(teachers)
         self.optimizer = optimizer
         self.steps = steps
         self._stage, self._per_epoch, self._seed = stage, per_epoch, seed
@@ -57,15 +59,7 @@ class TrainingStep:
         self._freeze_scales(progress)
         factor = lr_factor(self._stage.train.schedule, step, self.steps, self._per_epoch)
         set_lr(self.optimizer, factor)
-        objective = self.learner.objective
-        taught = teach(
-            self.teachers if objective.follows(progress) else (),
-            x,
-            layers=objective.taps(progress)[1],
-            left_out=dropped_teachers(
-                len(self.teachers), self._stage.distill.drop, seed=self._seed, step=step
-            ),
-        )
+        taught = self._taught(x, step, progress)
         self.learner.before_step(progress)
         terms: dict[str, Tensor] = self.learner(x, targets, taught, progress)
         return terms
@@ -86,6 +80,15 @@ class TrainingStep:
         terms = self.losses(x, targets, step)
         self.update(terms["total"], step)
         return terms
+
+    def _taught(self, x: Tensor, step: int, progress: float) -> list[Outputs | None]:
+        objective = self.learner.objective
+        if not objective.follows(progress):
+            return []
+        drop = self._stage.distill.drop
+        left_out = dropped_teachers(len(self.teachers), drop, seed=self._seed, step=step)
+        _, layers = objective.taps(progress)
+        return self.teachers(x, step, layers=layers, left_out=left_out)
 
     def _freeze_scales(self, progress: float) -> None:
         bins = self._stage.bin_regularization

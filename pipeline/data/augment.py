@@ -61,13 +61,18 @@ class Augmentation:
         if self.padding not in ("zero", "reflect"):
             raise ValueError(f"padding must be 'zero' or 'reflect', not {self.padding!r}")
 
+    @property
+    def varies(self) -> bool:
+        """Whether it does anything."""
+        return self.crop > 0 or self.flip
+
     def draw(self, num_samples: int, seed: int, epoch: int) -> Draws | None:
         """One epoch's draws for every sample, in the order of the set; None if nothing varies.
 
         They hang on (seed, epoch, index) alone, so batch size, order and a resume in mid-epoch
         leave them as they are.
         """
-        if not (self.crop or self.flip):
+        if not self.varies:
             return None
         generator = generator_of(seed, epoch, "augment")
         shape = (2, num_samples)

@@ -93,6 +93,7 @@ class LoaderSplit(Split):
     ) -> None:
         super().__init__(labels, mean=mean, std=std, augmentation=augmentation or Augmentation())
         self.augmentation.check(files.size)
+        self.varies = self.varies or files.resized_crop is not None
         self.files = files
         self.workers = workers
 

@@ -24,6 +24,7 @@ class Split(ABC):
     Attributes:
         labels: (N,) int64, on the CPU.
         augmentation: what `batches` does to the images where it is asked to augment.
+        varies: whether a sample then looks different from epoch to epoch.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Split(ABC):
         self.mean = mean
         self.std = std
         self.augmentation = augmentation
+        self.varies = augmentation.varies
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,6 +47,13 @@ class Split(ABC):
     def num_batches(self, batch_size: int) -> int:
         """How many batches an epoch of training has."""
         return -(-without_lone_sample(len(self), batch_size) // batch_size)
+
+    def order(self, batch_size: int, *, seed: int, epoch: int) -> Tensor:
+        """Which samples an epoch of training uses, in the order of its batches: (M,) int64, CPU.
+
+        A function of (seed, epoch); batch n holds those from n * batch_size on.
+        """
+        return permutation(len(self), seed, epoch)[: without_lone_sample(len(self), batch_size)]
 
     def batches(
         self,
@@ -64,8 +73,7 @@ class Split(ABC):
         """
         if not 0 <= start <= self.num_batches(batch_size):
             raise ValueError(f"start must be from 0 to {self.num_batches(batch_size)}, not {start}")
-        used = without_lone_sample(len(self), batch_size)
-        order = permutation(len(self), seed, epoch)[start * batch_size : used]
+        order = self.order(batch_size, seed=seed, epoch=epoch)[start * batch_size :]
         draws = self.augmentation.draw(len(self), seed, epoch) if augment else None
         key = (seed, epoch) if augment else None
         return self._batches(order, batch_size, torch.device(device), draws, key)

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import nn
 
 from ...models import load_weights
+from ...quant.absorb import absorb_relus
 from ...quant.calibrate import calibrate, ranges, reestimate_batch_norm
 from ...quant.metrics import bit_operations, ideal_bytes, layer_report
 from ...quant.policy import QuantizerChoice, plan_as_dict
 from ...quant.probing import Probe, probe
 from ...quant.swap import apply_plan, float_state_dict, layer_plan, unquantized
+from ..cheap_teachers import Cheapened, ready_teachers
+from ..compiling import compile_networks, pays, why_not
 from ..config import BinRegularizationConfig, OscillationConfig, StageConfig
 from ..config_section import Component
 from ..data.split import Batch
 from ..errors import StageError
 from ..evaluate import evaluate
 from ..features import FeatureTerm, build_features
-from ..fit import EVALUATION_BATCH, fit, oscillation_shares
+from ..fit import EVALUATION_BATCH, Surroundings, fit, oscillation_shares
 from ..learner import Learner, Objective
 from ..network import build_network, describe_network, load_network, load_teacher
 from ..parents import teachers_among
 from ..policy import choose_quantizer, policy_of
 from ..record import METRICS, MODEL, PROJECTIONS
+from ..teachers import Teachers
 from ..tensors import write_tensors
 from .base import STAGES, StageContext, StageOutput
 
@@ -53,27 +59,30 @@ def train(context: StageContext) -> StageOutput:
     student.to(device)
     facts = probe(student, calibration[:PROBE_BATCHES])
     above, chosen = teachers_among(context.parents)
-    teachers = [load_teacher(context.store, record, device) for record in above]
-    features = _features(student, teachers, calibration, context)
+    networks = [load_teacher(context.store, record, device) for record in above]
+    features = _features(student, networks, calibration, context)
+    teachers, cheapened = _ready(networks, context)
     student = _quantize(student, parent, facts, network, context, calibration)
-    distill = stage.distill if teachers else None
+    absorb_relus(student)
+    distill = stage.distill if above else None
     bins, oscillation = stage.bin_regularization, stage.oscillation
     if stage.full_precision:
         bins, oscillation = BinRegularizationConfig(), OscillationConfig()
     objective = Objective(stage.train, distill, bins, oscillation, features)
-    learner = Learner(student, objective)
-    learner.to(device)
+    learner = Learner(student, objective, precision=stage.train.precision)
+    learner.to(device).train()
     if stage.oscillation.freezes and learner.tracker is None and not stage.full_precision:
         text = f"no weight has {stage.oscillation.max_bits} bits or fewer, so none is frozen"
         context.around.notify(kind="message", text=text)
     if context.resume is not None:
         learner.load_state_dict(context.resume["learner"], strict=True)
+    around = _compiled(learner, teachers, facts, context)
     history = fit(
         learner,
         teachers,
         data,
         stage,
-        context.around,
+        around,
         batch_size=batch_size,
         seed=seed,
         device=device,
@@ -92,7 +101,9 @@ def train(context: StageContext) -> StageOutput:
     metrics = _measure(student, facts, context, history, calibration)
     metrics |= oscillation_shares(learner)
     _note_oscillation(metrics["layers"], learner)
+    metrics |= {"precision": stage.train.precision, "compiled": around.started["compiled"]}
     metrics |= {"teacher_chosen": above[0].key} if chosen else {}
+    metrics |= {"cheap_teachers": [asdict(each) for each in cheapened]} if cheapened else {}
     metrics["seconds_here"] = round(time.monotonic() - began, 3)
     return StageOutput(files, network, metrics)
 
@@ -139,6 +150,33 @@ def _features(
         ) from None
 
 
+def _ready(
+    networks: Sequence[nn.Module], context: StageContext
+) -> tuple[Teachers, tuple[Cheapened, ...]]:
+    """The teachers as the stage asks them; says what became of those that were made cheaper.
+
+    Raises:
+        StageError: they cannot be made so.
+    """
+    stage = context.stage
+    try:
+        teachers, cheapened = ready_teachers(
+            networks,
+            stage.distill,
+            context.data,
+            augment=stage.train.augment,
+            batch_size=data_batch(context),
+            seed=context.spec.options["seed"],
+            device=context.device,
+        )
+    except ValueError as error:
+        raise StageError(context.around.name, f"distill: {error}") from None
+    for number, each in enumerate(cheapened):
+        which = f"teacher {number}" if len(cheapened) > 1 else "the teacher"
+        context.around.notify(kind="message", text=f"{which}: {each}")
+    return teachers, cheapened
+
+
 def _quantize(
     student: nn.Module,
     parent: nn.Module | None,
@@ -164,6 +202,43 @@ def _quantize(
     if stage.train.batch_norm_batches:
         reestimate_batch_norm(student, calibration)
     return student
+
+
+def _compiled(
+    learner: Learner, teachers: Teachers, facts: Probe, context: StageContext
+) -> Surroundings:
+    """Compiles the networks where that is wanted, pays and works; notes for a resume what was done."""
+    stage, around, batch_size = context.stage, context.around, data_batch(context)
+    data = context.data.train
+    steps = stage.train.epochs * data.num_batches(batch_size)
+    wanted = stage.train.compile
+    if context.resume is not None:
+        compiled = bool(json.loads(context.resume["started"]).get("compiled"))
+    else:
+        estimate = pays(facts, batch_size=batch_size, steps=steps, device=context.device)
+        compiled = wanted == "on" or (wanted == "auto" and estimate)
+    compiled = compiled and steps > 0 and len(data) >= batch_size
+    if compiled and (reason := why_not(learner.student)):
+        compiled = False
+        if wanted == "on":
+            around.notify(kind="message", text=f"not compiled: {reason}")
+    if compiled:
+        batches = data.batches(
+            batch_size,
+            seed=context.spec.options["seed"],
+            epoch=0,
+            augment=stage.train.augment,
+            device=context.device,
+        )
+        images, _ = next(batches)  # its strides count too
+        try:
+            seconds = compile_networks(learner, teachers, images)
+            around.notify(kind="message", text=f"compiled in {seconds:.0f} s")
+        except RuntimeError as error:
+            compiled = False
+            text = f"not compiled, torch.compile does not work here: {error}"
+            around.notify(kind="message", text=text)
+    return replace(around, started={**around.started, "compiled": compiled})
 
 
 def _measure(

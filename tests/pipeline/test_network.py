@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from bitladder.pipeline.network import build_network
+from bitladder.quant import QuantPolicy, calibrate, quantize_model
 
 NETWORK = {"name": "preact_resnet8", "num_classes": 10, "in_channels": 1, "image_size": 8}
 
@@ -48,3 +49,15 @@ def test_a_very_narrow_network_trains_on_one_thread(channels):
     code = TRAIN.replace("{network!r}", repr({**network(4), "in_channels": channels}))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_grey_images_stay_channels_last_in_a_quantized_network():
+    images = torch.randn(2, 8, 8, 1).permute(0, 3, 1, 2)  # as data give them
+    student = build_network(network(8), seed=0)
+    student = quantize_model(student, QuantPolicy(weight_bits=4, activation_bits=4), inputs=images)
+    calibrate(student, [images])
+    given = []
+    student.conv1.register_forward_hook(lambda module, args, output: given.append(output))
+    student(images).sum().backward()
+    assert given[0].is_contiguous(memory_format=torch.channels_last)
+    assert student.conv1.latent.grad is not None

@@ -1,0 +1,92 @@
+"""Running a stage's networks through torch.compile, where that pays and where it can be done."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..quant.probing import Probe
+from ..quant.stepping import Stepping
+from .full_batches import FullBatches
+from .learner import Learner
+from .teachers import Teachers
+
+# Rungs of one method share their compiled code, so a ladder needs few variants of one forward
+# pass; beyond the limit torch runs everything uncompiled and only a log line tells.
+VARIANTS = 64
+
+# What the estimate rests on: benchmarks/step.py --compile on two cores; see docs/performance.md.
+FLOPS_PER_THREAD = 1e11  # a second, float32 convolutions
+SECONDS_PER_CALL = 2.5e-4  # of a layer, however small: eager calls forward and backward
+GAIN = 0.15  # of the time of a step
+COMPILE_SECONDS = (4.0, 1.0)  # in all, and for each layer
+MARGIN = 2.0  # how often the gain must outweigh the compilation
+
+
+def compile_networks(learner: Learner, teachers: Teachers, x: Tensor) -> float:
+    """Compiles the student and its teachers, tries them on a batch; the seconds that it took.
+
+    Nothing but speed changes: the trial's gradients, batch statistics and random draws are
+    undone. Teachers whose inner layers are looked at stay as they are.
+
+    Args:
+        learner: in training mode.
+        x: a full batch, (N, C, H, W).
+
+    Raises:
+        RuntimeError: it cannot be done here, and all is as before; the message is one line.
+    """
+    # it warns of a missing CUDA on every machine that has none
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, VARIANTS)
+    began, student, networks = time.monotonic(), learner.student, teachers.networks
+    buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
+    try:
+        with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+            learner.fast = FullBatches(student, len(x))
+            with learner.autocast(x.device):
+                logits = learner.fast(x)
+            # as in training: the compiled code depends on how the gradient of the logits is stored
+            F.cross_entropy(logits.float(), logits.new_zeros(len(x), dtype=torch.int64)).backward()
+            if learner.objective.features is None and teachers.cache is None:
+                teachers.networks = [FullBatches(teacher, len(x)) for teacher in networks]
+                teachers(x, 0)
+    except Exception as error:  # of many kinds, down to a missing compiler or Python header
+        learner.fast, teachers.networks = None, networks
+        cause = getattr(error, "inner_exception", error)
+        reason = next((line for line in str(cause).splitlines() if line), type(cause).__name__)
+        raise RuntimeError(reason) from error
+    finally:
+        for name, buffer in student.named_buffers():
+            buffer.copy_(buffers[name])
+        learner.zero_grad(set_to_none=True)
+    return time.monotonic() - began
+
+
+def why_not(student: nn.Module) -> str | None:
+    """Why a network should not be compiled; None where it may."""
+    if Stepping(student).anneals:
+        return "its gradients are annealed, which is other code at every step"
+    return None
+
+
+def pays(found: Probe, *, batch_size: int, steps: int, device: torch.device) -> bool:
+    """Whether the steps of a stage are enough to win back the compilation.
+
+    An estimate from the size of the network, not a measurement, so that it is the same each time.
+    """
+    layers = found.layers.values()
+    if device.type == "cpu":
+        flops = 6 * batch_size * sum(facts.macs for facts in layers)  # forward and backward
+        step = flops / (FLOPS_PER_THREAD * torch.get_num_threads())
+        step += SECONDS_PER_CALL * len(found.layers)
+    else:
+        step = 10 * SECONDS_PER_CALL * len(found.layers)  # bound by its many small calls
+    fixed, each = COMPILE_SECONDS
+    return steps * step * GAIN > MARGIN * (fixed + each * len(found.layers))

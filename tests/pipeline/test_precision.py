@@ -1,0 +1,72 @@
+import torch
+from bitladder.models import build_model
+from bitladder.pipeline.config import BinRegularizationConfig, OscillationConfig, TrainConfig
+from bitladder.pipeline.learner import Learner, Objective
+from bitladder.pipeline.plan import make_plan
+from bitladder.quant import QuantPolicy, calibrate, quantize_model
+from safetensors.torch import load_file
+from torch import nn
+
+RUNGS = [{"weight_bits": bits, "activation_bits": bits} for bits in (32, 8, 2, 1)]
+
+
+def keys(config):
+    return [stage.key for stage in make_plan(config).stages]
+
+
+def test_precision_is_part_of_what_a_stage_is_and_compilation_is_not(tiny):
+    plain = keys(tiny())
+    assert keys(tiny(train={"epochs": 2, "optimizer": {"lr": 0.1}, "calibration_batches": 2})) == (
+        plain
+    )
+    half = tiny(
+        train={
+            "epochs": 2,
+            "optimizer": {"lr": 0.1},
+            "calibration_batches": 2,
+            "precision": "bf16",
+        }
+    )
+    assert not set(keys(half)) & set(plain)
+    off = {"epochs": 2, "optimizer": {"lr": 0.1}, "calibration_batches": 2, "compile": "off"}
+    assert keys(tiny(train=off)) == plain
+
+
+def test_a_ladder_in_bf16_learns_and_keeps_its_files_in_float32(tiny, run, store):
+    train = {"epochs": 4, "optimizer": {"lr": 0.1}, "precision": "bf16", "calibration_batches": 2}
+    records = run(tiny(ladder=RUNGS, train=train, data={"name": "digits", "batch_size": 32}), store)
+    for record in records:
+        assert record.metrics["precision"] == "bf16"
+        state = load_file(store.stages / record.key / "model.safetensors")
+        assert torch.bfloat16 not in {value.dtype for value in state.values()}
+    assert records[0].metrics["test_top1"] > 0.4  # chance is 0.1
+    assert records[2].metrics["max_levels"] <= 4
+
+
+def half_step(bits):
+    """A step in bf16: what each layer gave, the losses, and the learner with its gradients."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 1, 8, 8).to(memory_format=torch.channels_last)
+    student = build_model("tiny_convnet", num_classes=10, in_channels=1, image_size=8, seed=0)
+    student = quantize_model(student, QuantPolicy(weight_bits=bits, activation_bits=bits), inputs=x)
+    calibrate(student, [x])
+    objective = Objective(TrainConfig(), None, BinRegularizationConfig(), OscillationConfig())
+    learner = Learner(student, objective, precision="bf16").train()
+    given = {}
+    for name, module in student.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda m, a, y, name=name: given.update({name: y.dtype}))
+    terms = learner(x, torch.arange(8), (), 0.0)
+    terms["total"].backward()
+    return given, terms, learner
+
+
+def test_layers_compute_in_bf16_and_all_that_is_learned_stays_in_float32():
+    given, terms, learner = half_step(4)
+    assert set(given.values()) == {torch.bfloat16}
+    assert {term.dtype for term in terms.values()} == {torch.float32}
+    for name, parameter in learner.named_parameters():
+        assert parameter.dtype == torch.float32, name
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32, name
+    assert all(b.dtype != torch.bfloat16 for b in learner.buffers())
