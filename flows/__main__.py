@@ -215,6 +215,40 @@ def evaluate(
 
 
 @app.command()
+def profile(
+    config: ConfigArgument,
+    set_: SetOption = None,
+    stage: Annotated[str | None, typer.Option(help="One rung; default: the last.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time, after three others.")] = 20,
+    verbose: VerboseOption = False,
+) -> None:
+    """Show where the time of a training step goes, part by part. Trains and writes nothing.
+
+    bitladder profile digits --stage w4a4
+    bitladder profile my.yaml --set data.batch_size=256 --set runtime.threads=4
+
+    The rungs above need not be there: all networks have fresh weights, which
+    cost as much time as trained ones. The parts add up to the whole:
+
+    \b
+      data               until the next batch is there, augmented
+      teacher            the forward passes of all teachers
+      student forward    without its quantizers
+      weight quantizers  forward and backward, as those of the inputs
+      losses             labels, teachers, bins, dampening
+      backward           of all else, into the weights
+      optimizer          moving weights and steps
+      after the step     gradients dropped, oscillation tracked, weights averaged
+
+    Below stands the FP32 step of the same network: what is left to gain.
+    """
+    from .profile_command import profile_config
+
+    _quiet(verbose)
+    profile_config(config, set_ or [], stage, steps)
+
+
+@app.command()
 def verify(
     run: Annotated[
         str | None, typer.Argument(help="A run's id, prefix or name; default: the whole store.")

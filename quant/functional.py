@@ -30,14 +30,14 @@ def straight_through(value: Tensor, path: Tensor) -> Tensor:
 
 
 def round_to_level(u: Tensor, low: Bound, high: Bound, *, midrise: bool = False) -> Tensor:
-    """The level next to `u`, in units of the step, within `low` .. `high`.
+    """The level next to `u`, in units of the step, within `low` .. `high`; written over `u`.
 
     Mid-tread levels are integers; ties go to the even one. Mid-rise levels are half-integers and
     ties go up, which makes sgn(0) = +1 at one bit (rounding `u + 1/2` to even would give -1).
     """
     if midrise:
-        return torch.clamp_(u.floor().add_(0.5), low, high)  # type: ignore[arg-type]
-    return torch.clamp(u, low, high).round_()  # type: ignore[arg-type]
+        return torch.clamp_(u.floor_().add_(0.5), low, high)  # type: ignore[arg-type]
+    return torch.clamp_(u, low, high).round_()  # type: ignore[arg-type]
 
 
 def to_codes(level: Tensor, low: Bound, bits: int) -> Tensor:
