@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from .parent_death import die_with
+from ..pipeline.parent_death import die_with
 
 START_SECONDS = 180.0  # 4 on an idle machine, 18 where the database is new; a busy one takes more
 STOP_SECONDS = 3.0

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from ...pipeline.events import Event
 from ...pipeline.interruption import Interruption
-from ..parent_death import die_with
+from ...pipeline.parent_death import die_with
 from .run_trial import Outcome, run_trial
 
 if TYPE_CHECKING:
