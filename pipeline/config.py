@@ -201,6 +201,7 @@ class TrainConfig(Section):
     augment: bool = True
     precision: Precision = "fp32"  # bf16: of layers' inputs and weights; scales, losses stay fp32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: where it pays
+    devices: PositiveInt = 1  # processes that share each batch: on CUDA a GPU each
     calibration_batches: PositiveInt = 8
     batch_norm_batches: Annotated[int, Field(ge=0)] = 50  # re-estimation; 0 switches it off
 
@@ -349,7 +350,8 @@ class RuntimeConfig(Section):
     """Where and how it runs; nothing here changes what a stage is."""
 
     device: str = "auto"
-    threads: PositiveInt | None = None  # None: PyTorch's own choice, recorded
+    # of each process; None: PyTorch's own choice, or each device's share of the cores; recorded
+    threads: PositiveInt | None = None
     checkpoint_seconds: Positive = 30.0  # besides one after each epoch
     keep_freed_memory: bool = True  # glibc only: no page faults for the same activations each step
 

@@ -32,6 +32,7 @@ def check_parts(run: RunConfig) -> list[str]:
         if stage.model is not None:
             errors += _check_model(stage.model, (*where, "model"))
         errors += _check_import(run, index, where)
+        errors += _check_devices(run, index, where)
         errors += _at(where, parent_mistakes(run, index))
         errors += _at(where, distill_mistakes(run, index))
     return errors
@@ -67,6 +68,14 @@ def _check_import(run: RunConfig, index: int, where: tuple[Any, ...]) -> list[st
     if stage.init == "scratch":
         text = "0 leaves the fresh weights of init: scratch untrained; take init out"
     return [f"{path_text(where)}.epochs: {text}, or train for some epochs"]
+
+
+def _check_devices(run: RunConfig, index: int, where: tuple[Any, ...]) -> list[str]:
+    devices, batch_size = run.ladder[index].train.devices, run.data.batch_size
+    if devices == 1 or batch_size >= 2 * devices:
+        return []
+    text = f"{devices} of them need a data.batch_size of at least {2 * devices}, 2 images each"
+    return [f"{path_text((*where, 'train', 'devices'))}: {text}; it is {batch_size}"]
 
 
 def _check_quantizers(stage: StageConfig, where: tuple[Any, ...]) -> list[str]:

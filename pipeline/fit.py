@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..quant import world
 from .config import StageConfig
 from .data import DataBundle
 from .diagnose import first_non_finite
+from .distributed import draw_differently, own_share, random_states, restore_random_states
 from .errors import Diverged, Interrupted
 from .evaluate import evaluate
 from .files import write_atomic
@@ -80,6 +82,9 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Trains the learner in place; gives back one dict of metrics per epoch.
 
+    Where several processes train together, each calls it with the same arguments. The first one
+    validates and writes; the others wait, and give back the same.
+
     Args:
         teachers: they see the student's own batches.
         resume: what the checkpoint of an interrupted run holds; the learner already has its
@@ -91,10 +96,12 @@ def fit(
         Diverged: the loss is not finite; the last good checkpoint stays.
     """
     optimizer = build_optimizer(learner, learner.student, stage.train)
-    at = Position()
+    at, share = Position(), own_share()
     if resume is not None:
         at = _restore(optimizer, resume, device)
-    per_epoch = data.train.num_batches(batch_size)
+    else:
+        draw_differently()
+    per_epoch = data.train.num_batches(batch_size, shares=share.of)
     steps = stage.train.epochs * per_epoch
     clock = _Clock(done=at.epoch * per_epoch + at.batch, steps=steps)
     saved = time.monotonic()
@@ -114,14 +121,18 @@ def fit(
             start=at.batch,
             augment=stage.train.augment,
             device=device,
+            share=share,
         )
         for x, targets in batches:
             number = at.epoch * per_epoch + at.batch
+            images = data.train.images_in(at.batch, batch_size, shares=share.of)
+            world.set_part(len(targets), images)
             terms = step.losses(x, targets, number)
+            told = _of_whole_batch(terms)
             if device.type == "cpu" or number % CHECK_EVERY == 0:
-                _require_finite(terms["total"], learner, x, around, at, per_epoch)
+                _require_finite(told["total"], learner, x, around, at, per_epoch)
             step.update(terms["total"], number)
-            _add(at, terms, len(targets))
+            _add(at, told, images)
             at.batch += 1
             if clock.tick():
                 around.notify(
@@ -129,14 +140,16 @@ def fit(
                     epoch=at.epoch,
                     epochs=stage.train.epochs,
                     fraction=clock.fraction,
-                    loss=float(terms["total"].detach()),
+                    loss=float(told["total"].detach()),
                     seconds_left=clock.seconds_left,
                 )
-            stopped = around.stop()
-            if stopped is not None or time.monotonic() - saved > around.checkpoint_seconds:
+            stopped, due = _agreed(
+                around.stop(), time.monotonic() - saved > around.checkpoint_seconds
+            )
+            if stopped is not None or due:
                 at.seconds = time.monotonic() - epoch_start
                 _require_finite(_total(at), learner, x, around, at, per_epoch)
-                _save(learner, optimizer, at, around)
+                _save(learner, optimizer, at, around, device)
                 saved = time.monotonic()
             if stopped is not None:
                 raise Interrupted(stopped)
@@ -145,7 +158,7 @@ def fit(
         _end_epoch(learner, data, at, optimizer, device)
         _require_finite(torch.tensor(at.history[-1]["val_loss"]), learner, x, around, at, per_epoch)
         _write_history(around.workdir, at.history)
-        _save(learner, optimizer, at, around)
+        _save(learner, optimizer, at, around, device)
         saved = time.monotonic()
         last = at.history[-1]
         around.notify(
@@ -173,17 +186,20 @@ def _end_epoch(
     images, *sums = at.sums.tolist()
     means = {name: value / images for name, value in zip(at.terms, sums, strict=True)}
     log.debug("phase evaluation of epoch %d", at.epoch)
-    accuracy = evaluate(
-        learner.student, data.validation.evaluation_batches(EVALUATION_BATCH, device=device)
-    )
+    val_loss, val_top1 = 0.0, 0.0
+    if world.rank() == 0:
+        batches = data.validation.evaluation_batches(EVALUATION_BATCH, device=device)
+        accuracy = evaluate(learner.student, batches)
+        val_loss, val_top1 = accuracy.loss, accuracy.top1
+    val_loss, val_top1 = world.of_first(val_loss, val_top1)
     at.history.append(
         {
             "epoch": at.epoch + 1,
             "train_loss": means.pop("total"),
             **{f"train_{name}": value for name, value in means.items()},
             **oscillation_shares(learner),
-            "val_loss": accuracy.loss,
-            "val_top1": accuracy.top1,
+            "val_loss": val_loss,
+            "val_top1": val_top1,
             "lr": optimizer.param_groups[0]["lr"],
             "seconds": round(at.seconds, 3),
             "images_per_second": round(images / max(at.seconds, 1e-9), 1),
@@ -198,6 +214,22 @@ def oscillation_shares(learner: Learner) -> dict[str, float]:
         return {}
     shares = learner.tracker.shares()
     return {"weights_oscillating": shares.oscillating, "weights_frozen": shares.frozen}
+
+
+def _of_whole_batch(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The terms of a step, means over the images of all processes where there are several."""
+    if world.size() == 1:
+        return terms
+    own = torch.stack([term.detach().double() for term in terms.values()])
+    return dict(zip(terms, world.summed(own / world.ratio()), strict=True))
+
+
+def _agreed(stopped: int | None, due: bool) -> tuple[int | None, bool]:
+    """What the first process knows of a signal and of the time, so that all act alike."""
+    if world.size() == 1:
+        return stopped, due
+    number, due_there = world.of_first(stopped or 0, due)
+    return int(number) or None, bool(due_there)
 
 
 def _add(at: Position, terms: dict[str, Tensor], images: int) -> None:
@@ -241,14 +273,20 @@ def _require_finite(
 
 
 def _save(
-    learner: Learner, optimizer: Optimizer | OptimizerPair, at: Position, around: Surroundings
+    learner: Learner,
+    optimizer: Optimizer | OptimizerPair,
+    at: Position,
+    around: Surroundings,
+    device: torch.device,
 ) -> None:
+    drawn = random_states(device)
+    if world.rank() > 0:
+        return
     log.debug("phase checkpoint")
     state = {
         "learner": learner.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        **drawn,
         "position": {"epoch": at.epoch, "batch": at.batch, "seconds": at.seconds},
         "sums": at.sums,
         "terms": at.terms,
@@ -263,9 +301,7 @@ def _restore(
     optimizer: Optimizer | OptimizerPair, state: dict[str, Any], device: torch.device
 ) -> Position:
     optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"].cpu())
-    if state["cuda_rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda_rng"]])
+    restore_random_states(state, device)
     return Position(
         **state["position"],
         sums=state["sums"].to(device) if state["sums"] is not None else None,
@@ -276,6 +312,8 @@ def _restore(
 
 def _write_history(workdir: Path, history: list[dict[str, Any]]) -> None:
     """One JSON object a line, an epoch each; written whole, so a resume drops a torn tail."""
+    if world.rank() > 0:
+        return
     lines = "".join(json.dumps(epoch, allow_nan=False) + "\n" for epoch in history)
     write_atomic(workdir / METRICS, lines.encode())
 

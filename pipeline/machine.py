@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -31,6 +32,40 @@ def choose_device(wanted: str) -> torch.device:
         reason = str(error).partition("\n")[0]
         raise ConfigError([f"runtime.device: {wanted!r} is not usable here: {reason}"]) from None
     return device
+
+
+def device_mistakes(wanted: str, devices: Sequence[int]) -> list[str]:
+    """What this machine lacks, as `path: message` lines.
+
+    Args:
+        wanted: the device as configured.
+        devices: for each rung on how many it is to be trained.
+    """
+    try:
+        device = choose_device(wanted)
+    except ConfigError as error:
+        return error.errors
+    several = [(rung, count) for rung, count in enumerate(devices) if count > 1]
+    if several and device.type not in ("cpu", "cuda"):
+        return [f"runtime.device: several devices are for cpu and cuda, not {wanted!r}"]
+    if several and device.index is not None:
+        return [
+            f"runtime.device: {wanted!r} is one device, and ladder.{several[0][0]} is to be "
+            f"trained on {several[0][1]}; give {device.type!r}"
+        ]
+    here = torch.cuda.device_count() if device.type == "cuda" else None
+    return [
+        f"ladder.{rung}.train.devices: {count} are wanted, and CUDA has {here} here"
+        for rung, count in several
+        if here is not None and count > here
+    ]
+
+
+def own_threads(processes: int) -> int:
+    """How many threads each of some processes may have on this machine: its share of the cores."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # Linux
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(cores // processes, 1)
 
 
 def keep_freed_memory() -> None:

@@ -87,6 +87,8 @@ def _determining(stage: StageConfig, *, teachers: int) -> dict[str, Any]:
         values.pop("bin_regularization")
     values["oscillation"] = _oscillation(stage)
     values["train"].pop("compile")  # decided when the stage begins, as the machine has it
+    if stage.train.devices == 1 or stage.train.epochs == 0:
+        values["train"].pop("devices")  # with several, batch norm counts parts of a batch
     if not is_set(stage.train, "precision"):
         values["train"].pop("precision")
     averaging = _averaging(stage.train)

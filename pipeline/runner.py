@@ -29,11 +29,13 @@ from .events import Event, Listener
 from .files import TornFileError, now, sha256_of
 from .fit import Surroundings
 from .interruption import Interruption
-from .machine import choose_device, describe, keep_freed_memory
+from .machine import choose_device, describe, device_mistakes, keep_freed_memory, own_threads
 from .network_check import check_networks
+from .rank_work import Job
+from .ranks import Ranks
 from .record import CHECKPOINT, METRICS, StageRecord
 from .spec import Plan, PlannedStage
-from .stages import STAGES, StageContext
+from .stages import STAGES, StageContext, StageOutput
 from .store import Store
 from .tensors import read_checkpoint
 
@@ -145,15 +147,16 @@ def check_ladder(config: RunConfig) -> None:
     Raises:
         ConfigError: they do not, said in the words of whoever wrote the config.
     """
-    choose_device(config.runtime.device)
     every = every_rung(config)
+    errors = device_mistakes(config.runtime.device, [stage.train.devices for stage in every.ladder])
     try:
         check_networks(every, _data(config))
     except ConfigError as error:
-        if config.auto is None:
-            raise
-        names = [stage.name for stage in every.ladder]
-        raise ConfigError(said_of_rungs(error.errors, names)) from None
+        errors += error.errors
+    if errors and config.auto is not None:
+        errors = said_of_rungs(errors, [stage.name for stage in every.ladder])
+    if errors:
+        raise ConfigError(errors)
 
 
 def _register(store: Store, plan: Plan) -> None:
@@ -183,7 +186,7 @@ def run_stage(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None
         except (Interrupted, KeyboardInterrupt):
             raise
         except Exception as error:
-            failure = _as_stage_error(stage, store, error)
+            failure = as_stage_error(stage.name, store, error)
             cause = failure.cause if isinstance(failure, StageError) else str(failure)
             store.fail(key, cause, diverged=isinstance(failure, Diverged))
             ladder.event(stage, kind="failed", text=cause)
@@ -201,7 +204,7 @@ def _work(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None]) -
     workdir = store.workdir(spec.key)
     resume = _checkpoint(workdir, ladder, stage)
     started = json.loads(resume["started"]) if resume else {}
-    device = _set_up(config.runtime, started, ladder, stage)
+    device, threads = _set_up(config.runtime, started, ladder, stage)
     log.debug("phase data")
     data = _data(config)
     parents = {role: _parent(store, key, stage) for role, key in spec.parents.items()}
@@ -223,15 +226,19 @@ def _work(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None]) -
             notify=partial(ladder.event, stage),
             stop=stop,
             checkpoint_seconds=config.runtime.checkpoint_seconds,
-            started={"device": str(device), "threads": torch.get_num_threads()},
+            started={"device": str(device), "threads": threads},
         ),
         resume=resume,
         weights=Path(model.weights) if model.weights and spec.options["weights"] else None,
     )
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(int(spec.key[:15], 16))  # foreign networks draw their dropout from it
-        output = STAGES[spec.kind].factory(context)
+    if settings.train.devices > 1 and epochs:
+        output = _on_several_devices(context, config)
+    else:
+        cuda = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(int(spec.key[:15], 16))  # foreign networks draw their dropout from it
+            output = STAGES[spec.kind].factory(context)
+    several = {"devices": settings.train.devices} if settings.train.devices > 1 else {}
     files = {
         name: {"sha256": sha256_of(workdir / name), "bytes": (workdir / name).stat().st_size}
         for name in (*output.files, METRICS)
@@ -246,21 +253,54 @@ def _work(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None]) -
         files=files,
         network=output.network,
         metrics=output.metrics,
-        environment=describe(device),
+        environment=describe(device) | {"threads": threads, **several},
         created=now(),
     )
     return store.commit(record)
 
 
+def _on_several_devices(context: StageContext, config: RunConfig) -> StageOutput:
+    around, store = context.around, context.store
+    job = Job(
+        spec=context.spec,
+        stage=context.stage,
+        data=(config.data.name, json.dumps(config.data.options, sort_keys=True)),
+        store=(store.root, store.url),
+        parents=context.parents,
+        device=context.device.type,
+        keep_freed_memory=config.runtime.keep_freed_memory,
+        name=around.name,
+        checkpoint_seconds=around.checkpoint_seconds,
+        started=around.started,
+        resumes=context.resume is not None,
+        weights=context.weights,
+    )
+    log.debug("phase start of %d processes", context.stage.train.devices)
+    with Ranks(context.stage.train.devices) as ranks:
+        return ranks.run(job, around.notify, around.stop)
+
+
 def _set_up(
     runtime: RuntimeConfig, started: dict[str, Any], ladder: Ladder, stage: PlannedStage
-) -> torch.device:
-    """Device and threads: as at the stage's start where that is known, else as configured."""
+) -> tuple[torch.device, int]:
+    """Device and threads: as at the stage's start where that is known, else as configured.
+
+    The threads are those of each process; where there are several, this is none of them.
+    """
     if runtime.keep_freed_memory:
         keep_freed_memory()
     threads = started.get("threads") or runtime.threads
-    if threads:
+    devices = ladder.plan.config.ladder[stage.position].train.devices
+    if devices > 1:
+        threads = threads or own_threads(devices)
+    elif threads:
         torch.set_num_threads(threads)
+    return _device(runtime, started, ladder, stage), threads or torch.get_num_threads()
+
+
+def _device(
+    runtime: RuntimeConfig, started: dict[str, Any], ladder: Ladder, stage: PlannedStage
+) -> torch.device:
     wanted = started.get("device") or runtime.device
     try:
         return choose_device(wanted)
@@ -300,19 +340,20 @@ def _parent(store: Store, key: str, stage: PlannedStage) -> StageRecord:
     return record
 
 
-def _as_stage_error(stage: PlannedStage, store: Store, error: Exception) -> BitladderError:
+def as_stage_error(stage: str, store: Store, error: Exception) -> BitladderError:
+    """What went wrong in the stage of that name, for whoever has to mend it."""
     if isinstance(error, BitladderError):
         return error
-    log.debug("stage %s failed", stage.name, exc_info=error)
+    log.debug("stage %s failed", stage, exc_info=error)
     if isinstance(error, OSError) and error.filename is None and error.errno:
-        return StageError(stage.name, store_problem(store.root, error))
+        return StageError(stage, store_problem(store.root, error))
     if isinstance(error, OSError):
-        return StageError(stage.name, f"{error.strerror or error}: {error.filename}")
+        return StageError(stage, f"{error.strerror or error}: {error.filename}")
     if isinstance(error, torch.OutOfMemoryError):
         return StageError(
-            stage.name, "the device is out of memory", "give data.batch_size a smaller value"
+            stage, "the device is out of memory", "give data.batch_size a smaller value"
         )
-    return StageError(stage.name, f"{type(error).__name__}: {error}")
+    return StageError(stage, f"{type(error).__name__}: {error}")
 
 
 def _data(config: RunConfig) -> DataBundle:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .data.split import Split
+from .distributed import own_share
 
 
 class CachedLogits:
@@ -33,14 +34,21 @@ class CachedLogits:
     def of_step(self, step: int, left_out: frozenset[int] = frozenset()) -> list[Tensor | None]:
         """Each teacher's logits of the step's batch, (N, K); None for one that is left out.
 
+        Of a batch that processes share, those of this one's part.
+
         Args:
             step: 0-based, within the stage.
         """
-        epoch, batch = divmod(step, self._split.num_batches(self._batch_size))
+        share = own_share()
+        per_epoch = self._split.num_batches(self._batch_size, shares=share.of)
+        epoch, batch = divmod(step, per_epoch)
         if epoch != self._epoch:
-            order = self._split.order(self._batch_size, seed=self._seed, epoch=epoch)
+            order = self._split.order(
+                self._batch_size, seed=self._seed, epoch=epoch, shares=share.of
+            )
             self._epoch, self._order = epoch, order.to(self.tables[0].device)
         chosen = self._order[batch * self._batch_size : (batch + 1) * self._batch_size]
+        chosen = share.part(chosen)
         return [
             None if number in left_out else table[chosen]
             for number, table in enumerate(self.tables)

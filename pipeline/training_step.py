@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..models.tapped import Outputs
+from ..quant import world
 from .config import StageConfig
+from .distributed import synchronised
 from .learner import Learner
 from .optimizer import OptimizerPair, global_norm_clip, set_lr
 from .schedule import lr_factor
@@ -20,6 +22,9 @@ class TrainingStep:
 
     All that changes over a stage is a function of the step's number and the seed, so a resumed
     stage needs no state beside that of the learner and the optimizer.
+
+    Where several processes share each batch, gradients are averaged over all of it; say before a
+    step which part of it this process has, with `world.set_part`.
 
     Args:
         teachers: networks in eval mode and without gradients, or what `ready_teachers` makes of
@@ -46,6 +51,7 @@ class TrainingStep:
         self.steps = steps
         self._stage, self._per_epoch, self._seed = stage, per_epoch, seed
         self._frozen = False
+        self._synchronised: nn.Module | None = None
 
     def losses(self, x: Tensor, targets: Tensor, step: int) -> dict[str, Tensor]:
         """Every term of the loss and their weighted sum under "total"; scalars, float32.
@@ -61,11 +67,16 @@ class TrainingStep:
         set_lr(self.optimizer, factor)
         taught = self._taught(x, step, progress)
         self.learner.before_step(progress)
-        terms: dict[str, Tensor] = self.learner(x, targets, taught, progress)
+        if self._synchronised is None:
+            alone = world.size() == 1
+            self._synchronised = self.learner if alone else synchronised(self.learner, x)
+        terms: dict[str, Tensor] = self._synchronised(x, targets, taught, progress)
         return terms
 
     def update(self, total: Tensor, step: int) -> None:
         """Moves the weights down the gradient of `losses`' total, of the same step."""
+        if world.size() > 1:  # the mean over the processes is then that over all images
+            total = total * (world.size() / world.ratio())
         total.backward()
         if self._stage.train.clip_grad_norm is not None:
             global_norm_clip(self.learner, self._stage.train.clip_grad_norm)
@@ -97,6 +108,7 @@ class TrainingStep:
         freeze_scales(self.learner.student, bins.freeze_weight_scale, "weight_quantizer")
         freeze_scales(self.learner.student, bins.freeze_activation_scale, "input_quantizer")
         self._frozen = True
+        self._synchronised = None
 
 
 def freeze_scales(student: nn.Module, freeze: bool, half: str) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from . import world
 from .core import QTensor, Quantizer, Range, Site
 from .functional import (
     Bound,
@@ -141,10 +142,10 @@ class LearnedStepQuantizer(Quantizer):
         return float(self._count(x) * self.grad_levels) ** -0.5
 
     def _count(self, x: Tensor) -> int:
-        """The N of 1 / sqrt(N * Qp)."""
+        """The N of 1 / sqrt(N * Qp): of an activation, over the batch of all processes."""
         numel = x.numel()
         if self.grad_scale == "numel_per_channel" and self.channel_axis is not None:
             numel //= x.shape[self.channel_axis]
         elif self.grad_scale == "channel_count" and self.site.target == "activation":
-            numel = x.shape[self.site.channel_axis]
-        return max(numel, 1)
+            return max(x.shape[self.site.channel_axis], 1)
+        return max(numel if self.site.target == "weight" else world.whole(numel), 1)

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import world
 from .core import QTensor, Quantizer
 from .functional import look_up, stored_order, wide
 from .swap import quant_layers, weight_layers
 
 
-def bin_regularization(values: Tensor, q: QTensor, *, scale: Tensor | None = None) -> Tensor:
+def bin_regularization(
+    values: Tensor, q: QTensor, *, scale: Tensor | None = None, shared: bool = False
+) -> Tensor:
     """Sum over the bins of the mean squared distance of a bin's values from its level.
 
     That is (mean - level)^2 + variance for each bin, the paper's two terms: empty bins add
@@ -29,6 +32,9 @@ def bin_regularization(values: Tensor, q: QTensor, *, scale: Tensor | None = Non
         values: what was rounded, on the scale of the levels (`Quantizer.latent`).
         q: the same values encoded; codes have the same shape.
         scale: `q.scale` with a gradient (`Quantizer.learned_scale`), where it is to get one.
+        shared: the values come from a batch of which each process (`world`) has a part. Bins are
+            then those of the whole batch, and the mean over the processes, each weighed by its
+            images, is the loss of the whole batch; so are the gradients.
 
     Returns:
         Scalar, in squared units of `values`; 0 when every value sits on its level.
@@ -40,7 +46,7 @@ def bin_regularization(values: Tensor, q: QTensor, *, scale: Tensor | None = Non
     """
     if values.shape != q.codes.shape:
         raise ValueError(f"values are {tuple(values.shape)}, codes {tuple(q.codes.shape)}")
-    return _BinRegularization.apply(values, scale, q)
+    return _BinRegularization.apply(values, scale, q, shared)
 
 
 def weight_bin_regularization(
@@ -78,7 +84,7 @@ def activation_bin_regularization(
     for name, x in inputs.items():
         quantizer = model.get_submodule(name.partition("#")[0])
         assert isinstance(quantizer, Quantizer)
-        total = total + _pull(quantizer, x, attach_scale, grad_scale)
+        total = total + _pull(quantizer, x, attach_scale, grad_scale, shared=True)
     return total
 
 
@@ -116,19 +122,21 @@ def collect_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def _pull(quantizer: Quantizer, x: Tensor, attach: bool, gradient: float | None) -> Tensor:
+def _pull(
+    quantizer: Quantizer, x: Tensor, attach: bool, gradient: float | None, *, shared: bool = False
+) -> Tensor:
     scale = quantizer.learned_scale(x, gradient=gradient) if attach else None
-    return bin_regularization(quantizer.latent(x), quantizer.encode(x), scale=scale)
+    return bin_regularization(quantizer.latent(x), quantizer.encode(x), scale=scale, shared=shared)
 
 
 class _BinRegularization(torch.autograd.Function):
     """Loss = sum of (v - level)^2 / members of the bin, so both gradients fall out of one pass."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, scale: Tensor | None, q: QTensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor, scale: Tensor | None, q: QTensor, shared: bool) -> Tensor:
         level = q.dequantize()
         distance = wide(values) - level
-        pull = distance * _share(q)
+        pull = distance * _share(q, shared)
         ctx.values_dtype = values.dtype
         grad_scale = None
         if scale is not None:
@@ -141,10 +149,10 @@ class _BinRegularization(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         pull, grad_scale = ctx.saved_tensors
         grad_values = (pull * (2 * grad)).to(ctx.values_dtype)
-        return grad_values, None if grad_scale is None else grad_scale * grad, None
+        return grad_values, None if grad_scale is None else grad_scale * grad, None, None
 
 
-def _share(q: QTensor) -> Tensor:
+def _share(q: QTensor, shared: bool) -> Tensor:
     """Of each value 1 / (members of its bin * scale groups), shaped as the codes."""
     bins, groups = q.codes.int(), 1
     if q.channel_axis is not None:
@@ -154,7 +162,10 @@ def _share(q: QTensor) -> Tensor:
         first = torch.arange(groups, device=bins.device, dtype=torch.int32) * q.num_levels
         bins = bins + first.view(shape)
     members = torch.bincount(stored_order(bins, bins), minlength=groups * q.num_levels)
-    return look_up(1.0 / (members.clamp_min(1) * groups), bins)
+    part = 1.0
+    if shared:
+        members, part = world.summed(members), world.ratio()
+    return look_up(part / (members.clamp_min(1) * groups), bins)
 
 
 def _sum_to(x: Tensor, q: QTensor) -> Tensor:

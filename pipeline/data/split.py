@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .augment import Augmentation, Draws, normalise
-from .order import permutation, without_lone_sample
+from .order import Share, permutation, without_lone_sample
 
 Batch = tuple[Tensor, Tensor]
 Device = torch.device | str
@@ -44,16 +44,22 @@ class Split(ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def num_batches(self, batch_size: int) -> int:
-        """How many batches an epoch of training has."""
-        return -(-without_lone_sample(len(self), batch_size) // batch_size)
+    def num_batches(self, batch_size: int, *, shares: int = 1) -> int:
+        """How many batches an epoch of training has where so many processes share each."""
+        return -(-without_lone_sample(len(self), batch_size, shares=shares) // batch_size)
 
-    def order(self, batch_size: int, *, seed: int, epoch: int) -> Tensor:
+    def images_in(self, batch: int, batch_size: int, *, shares: int = 1) -> int:
+        """How many samples batch number `batch` of an epoch has, all shares together."""
+        used = without_lone_sample(len(self), batch_size, shares=shares)
+        return min(batch_size, used - batch * batch_size)
+
+    def order(self, batch_size: int, *, seed: int, epoch: int, shares: int = 1) -> Tensor:
         """Which samples an epoch of training uses, in the order of its batches: (M,) int64, CPU.
 
         A function of (seed, epoch); batch n holds those from n * batch_size on.
         """
-        return permutation(len(self), seed, epoch)[: without_lone_sample(len(self), batch_size)]
+        used = without_lone_sample(len(self), batch_size, shares=shares)
+        return permutation(len(self), seed, epoch)[:used]
 
     def batches(
         self,
@@ -64,16 +70,23 @@ class Split(ABC):
         augment: bool,
         device: Device,
         start: int = 0,
+        share: Share | None = None,
     ) -> Iterator[Batch]:
         """One epoch of training, from batch `start` on; the batches before it cost nothing.
 
         The order is a function of (seed, epoch), the look of a sample one of (seed, epoch,
         index). The last batch may be smaller; one that would hold a single sample is left out
-        (batch norm fails on it).
+        (batch norm fails on it). With a share only its part of each batch is decoded and given.
         """
-        if not 0 <= start <= self.num_batches(batch_size):
-            raise ValueError(f"start must be from 0 to {self.num_batches(batch_size)}, not {start}")
-        order = self.order(batch_size, seed=seed, epoch=epoch)[start * batch_size :]
+        share = share or Share()
+        last = self.num_batches(batch_size, shares=share.of)
+        if not 0 <= start <= last:
+            raise ValueError(f"start must be from 0 to {last}, not {start}")
+        order = self.order(batch_size, seed=seed, epoch=epoch, shares=share.of)
+        order = order[start * batch_size :]
+        if share.of > 1 and len(order):
+            order = torch.cat([share.part(batch) for batch in order.split(batch_size)])
+            batch_size = share.size(batch_size)  # that of the last batch is not larger
         draws = self.augmentation.draw(len(self), seed, epoch) if augment else None
         key = (seed, epoch) if augment else None
         return self._batches(order, batch_size, torch.device(device), draws, key)

@@ -24,6 +24,7 @@ from ..compiling import compile_networks, pays, why_not
 from ..config import BinRegularizationConfig, OscillationConfig, StageConfig
 from ..config_section import Component
 from ..data.split import Batch
+from ..distributed import first_goes_on, own_share
 from ..errors import StageError
 from ..evaluate import evaluate
 from ..features import FeatureTerm, build_features
@@ -88,6 +89,8 @@ def train(context: StageContext) -> StageOutput:
         device=device,
         resume=context.resume,
     )
+    if not first_goes_on():
+        return StageOutput((), network, {})
     if stage.train.epochs and stage.train.batch_norm_batches:
         log.debug("phase re-estimation of batch norm")
         count = stage.train.batch_norm_batches
@@ -207,15 +210,16 @@ def _quantize(
 def _compiled(
     learner: Learner, teachers: Teachers, facts: Probe, context: StageContext
 ) -> Surroundings:
-    """Compiles the networks where that is wanted, pays and works; notes for a resume what was done."""
+    """Compiles the networks where that is wanted, pays and works; notes it for a resume."""
     stage, around, batch_size = context.stage, context.around, data_batch(context)
-    data = context.data.train
-    steps = stage.train.epochs * data.num_batches(batch_size)
+    data, share = context.data.train, own_share()
+    steps = stage.train.epochs * data.num_batches(batch_size, shares=share.of)
     wanted = stage.train.compile
     if context.resume is not None:
         compiled = bool(json.loads(context.resume["started"]).get("compiled"))
     else:
-        estimate = pays(facts, batch_size=batch_size, steps=steps, device=context.device)
+        own = share.size(batch_size)
+        estimate = pays(facts, batch_size=own, steps=steps, device=context.device)
         compiled = wanted == "on" or (wanted == "auto" and estimate)
     compiled = compiled and steps > 0 and len(data) >= batch_size
     if compiled and (reason := why_not(learner.student)):
@@ -229,6 +233,7 @@ def _compiled(
             epoch=0,
             augment=stage.train.augment,
             device=context.device,
+            share=share,
         )
         images, _ = next(batches)  # its strides count too
         try:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .. import world
 from ..core import QUANTIZERS, QTensor, Quantizer, Range, Site
 from ..free_levels import (
     ROWS,
@@ -228,7 +229,8 @@ class N2UQ(Quantizer):
         """What the gradients of the parameters are multiplied by, for an input of this size."""
         if self.grad_scale == "none":
             return 1.0
-        return float(max(x.numel(), 1) * self.intervals) ** -0.5
+        numel = x.numel() if self.site.target == "weight" else world.whole(x.numel())
+        return float(max(numel, 1) * self.intervals) ** -0.5
 
     @torch.no_grad()
     def _weight_step(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .. import world
 from ..core import QUANTIZERS, QTensor, Quantizer, Range, Site
 from ..free_levels import (
     ROWS,
@@ -137,7 +138,7 @@ class NuLSQ(Quantizer):
         factors = torch.ones_like(self.steps_floor)
         if self.grad_scale == "none":
             return factors
-        count = x.numel()
+        count = x.numel() if self.site.target == "weight" else world.whole(x.numel())
         if self.grad_scale == "channel_count" and self.site.target == "activation":
             count = x.shape[self.site.channel_axis]
         count = max(count, 1)

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .. import world
 from ..core import QUANTIZERS, QTensor, Quantizer, Range, Site
 from ..functional import (
     Bound,
@@ -155,7 +156,7 @@ class RangeLinear(Quantizer):
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
         """One step of the moving average, in the form that is bias-corrected all along."""
-        low, high = extremes(x, channel_axis=None)
+        low, high = world.extremes(*extremes(x, channel_axis=None))
         self.updates += 1
         # float64: 1 - decay**t loses four digits in float32
         share = ((1 - self.decay) / (1 - self.decay ** self.updates.double())).float()
