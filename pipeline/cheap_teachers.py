@@ -78,6 +78,8 @@ def ready_teachers(
             _cheapen(network, data, fold=distill.fold_batch_norm, dtype=dtype, keep=kept, on=device)
             for network in networks
         ]
+    for network in networks:
+        absorb_relus(network)
     if not (networks and distill.cache_teacher):
         return Teachers(networks, dtype=dtype), tuple(changed)
     tables = [

@@ -161,7 +161,7 @@ def test_a_rung_without_narrow_weights_is_not_followed(tiny, store, run):
 
 
 # the second with its first oscillations, the others with frozen weights
-@pytest.mark.parametrize(("looks", "optimizer"), [(41, None), (56, None), (62, "adam")])
+@pytest.mark.parametrize(("looks", "optimizer"), [(41, None), (60, None), (62, "adam")])
 def test_a_stopped_rung_resumes_to_the_same_bits_and_metrics(
     tiny, store, run, tmp_path, looks, optimizer
 ):
