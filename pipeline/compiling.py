@@ -20,7 +20,7 @@ from .teachers import Teachers
 # pass; beyond the limit torch runs everything uncompiled and only a log line tells.
 VARIANTS = 64
 
-# What the estimate rests on: benchmarks/step.py on two cores; see docs/performance.md.
+# What the estimate rests on: a guess for two cores, to be measured with benchmarks/step.py.
 FLOPS_PER_THREAD = 1e11  # a second, float32 convolutions
 SECONDS_PER_CALL = 2.5e-4  # of a layer, however small: eager calls forward and backward
 GAIN = 0.15  # of the time of a step

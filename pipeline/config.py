@@ -200,7 +200,7 @@ class TrainConfig(Section):
     label_smoothing: Fraction = 0.0
     augment: bool = True
     precision: Precision = "fp32"  # bf16: of layers' inputs and weights; scales, losses stay fp32
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: where it pays
+    compile: Literal["auto", "on", "off"] = "off"  # torch.compile; auto: where it should pay
     devices: PositiveInt = 1  # processes that share each batch: on CUDA a GPU each
     calibration_batches: PositiveInt = 8
     batch_norm_batches: Annotated[int, Field(ge=0)] = 50  # re-estimation; 0 switches it off

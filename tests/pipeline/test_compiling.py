@@ -169,6 +169,6 @@ def test_compiling_pays_for_long_stages_only():
 
 
 def test_the_embedded_ladder_is_too_short_to_compile(tiny, run, store, events):
-    records = run(tiny(), store, events)
+    records = run(tiny(train={"epochs": 2, "compile": "auto"}), store, events)
     assert not any(record.metrics["compiled"] for record in records)
     assert messages(events) == []
