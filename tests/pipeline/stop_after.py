@@ -2,7 +2,7 @@ import signal
 
 
 class StopAfter:
-    """Stops a stage once after a number of training steps, as a signal would."""
+    """Stops a stage or a ladder once after a number of training steps, as a signal would."""
 
     def __init__(self, looks):
         self.looks = looks

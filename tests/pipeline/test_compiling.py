@@ -1,16 +1,14 @@
 import pytest
 import torch
 import torch._dynamo
-from bitladder.models import build_model
 from bitladder.pipeline import full_batches
 from bitladder.pipeline.compiling import compile_networks, pays
-from bitladder.pipeline.config import BinRegularizationConfig, OscillationConfig, TrainConfig
 from bitladder.pipeline.errors import Interrupted
-from bitladder.pipeline.learner import Learner, Objective
 from bitladder.pipeline.runner import open_ladder, run_ladder, run_stage
 from bitladder.pipeline.store import Store
 from bitladder.pipeline.teachers import Teachers
-from bitladder.quant import QuantPolicy, calibrate, probe, quantize_model
+from bitladder.quant import probe
+from quantized_learner import quantized_learner
 from safetensors.torch import load_file
 from stop_after import StopAfter
 from torch import nn
@@ -109,18 +107,8 @@ def test_an_annealed_gradient_is_not_compiled(tiny, run, store, events):
     assert "annealed" in messages(events)[-1]
 
 
-def learner_of(bits):
-    torch.manual_seed(0)
-    x = torch.randn(8, 1, 8, 8).to(memory_format=torch.channels_last)
-    student = build_model("tiny_convnet", num_classes=10, in_channels=1, image_size=8, seed=0)
-    student = quantize_model(student, QuantPolicy(weight_bits=bits, activation_bits=bits), inputs=x)
-    calibrate(student, [x])
-    objective = Objective(TrainConfig(), None, BinRegularizationConfig(), OscillationConfig())
-    return Learner(student, objective).train(), x
-
-
 def test_trying_the_compiled_code_leaves_no_trace():
-    learner, x = learner_of(4)
+    learner, x = quantized_learner(4)
     before = {name: value.clone() for name, value in learner.state_dict().items()}
     drawn = torch.get_rng_state()
     compile_networks(learner, Teachers([]), x)
@@ -131,7 +119,7 @@ def test_trying_the_compiled_code_leaves_no_trace():
 
 
 def test_a_smaller_batch_compiles_nothing_more():
-    learner, x = learner_of(4)
+    learner, x = quantized_learner(4)
     compile_networks(learner, Teachers([]), x)
     graphs = counters["stats"]["unique_graphs"]
     targets = torch.zeros(8, dtype=torch.int64)
@@ -145,7 +133,7 @@ def test_generated_code_gives_the_same_step(monkeypatch):
     targets = torch.arange(8) % 10
     found = []
     for fast in (False, True):
-        learner, x = learner_of(2)
+        learner, x = quantized_learner(2)
         if fast:
             compile_networks(learner, Teachers([]), x)
             assert learner.fast is not None

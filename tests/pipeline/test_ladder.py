@@ -1,6 +1,5 @@
 import json
 import math
-import signal
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from bitladder.pipeline.runner import open_ladder, run_ladder, run_stage
 from bitladder.pipeline.store import Store
 from bitladder.quant.metrics import max_levels
 from bitladder.quant.swap import quantizers
+from stop_after import StopAfter
 
 
 def hashes(records):
@@ -51,17 +51,6 @@ def test_editing_a_rung_reruns_it_and_those_below(tiny, store, run, events):
 def test_the_same_seed_gives_the_same_bits(tiny, store, run, tmp_path):
     other = Store(tmp_path / "other")
     assert hashes(run(tiny(), store)) == hashes(run(tiny(), other))
-
-
-class StopAfter:
-    """Stops a ladder once after a number of training steps, as a signal would."""
-
-    def __init__(self, looks):
-        self.looks = looks
-
-    def __call__(self):
-        self.looks -= 1
-        return signal.SIGTERM if self.looks <= 0 else None
 
 
 @pytest.mark.parametrize("looks", [2, 6, 12, 13, 20, 23, 30, 46, 60])

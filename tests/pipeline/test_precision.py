@@ -1,9 +1,6 @@
 import torch
-from bitladder.models import build_model
-from bitladder.pipeline.config import BinRegularizationConfig, OscillationConfig, TrainConfig
-from bitladder.pipeline.learner import Learner, Objective
 from bitladder.pipeline.plan import make_plan
-from bitladder.quant import QuantPolicy, calibrate, quantize_model
+from quantized_learner import quantized_learner
 from safetensors.torch import load_file
 from torch import nn
 
@@ -45,15 +42,9 @@ def test_a_ladder_in_bf16_learns_and_keeps_its_files_in_float32(tiny, run, store
 
 def half_step(bits):
     """A step in bf16: what each layer gave, the losses, and the learner with its gradients."""
-    torch.manual_seed(0)
-    x = torch.randn(8, 1, 8, 8).to(memory_format=torch.channels_last)
-    student = build_model("tiny_convnet", num_classes=10, in_channels=1, image_size=8, seed=0)
-    student = quantize_model(student, QuantPolicy(weight_bits=bits, activation_bits=bits), inputs=x)
-    calibrate(student, [x])
-    objective = Objective(TrainConfig(), None, BinRegularizationConfig(), OscillationConfig())
-    learner = Learner(student, objective, precision="bf16").train()
+    learner, x = quantized_learner(bits, precision="bf16")
     given = {}
-    for name, module in student.named_modules():
+    for name, module in learner.student.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             module.register_forward_hook(lambda m, a, y, name=name: given.update({name: y.dtype}))
     terms = learner(x, torch.arange(8), (), 0.0)

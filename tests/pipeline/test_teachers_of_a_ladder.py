@@ -1,7 +1,6 @@
 """Ladders whose rungs have several teachers, a chosen one, or one of another architecture."""
 
 import json
-import signal
 import sys
 
 import pytest
@@ -13,6 +12,7 @@ from bitladder.pipeline.report import accuracy_report, people
 from bitladder.pipeline.runner import open_ladder, run_stage
 from bitladder.pipeline.store import Store
 from safetensors.torch import save_file
+from stop_after import StopAfter
 
 FP32 = {"weight_bits": 32, "activation_bits": 32}
 W8 = {"weight_bits": 8, "activation_bits": 8}
@@ -29,17 +29,6 @@ def big(num_classes, in_channels, image_size, *, width=8):
 def of_seven(in_channels, image_size):
     return big(7, in_channels, image_size)
 """
-
-
-class StopAfter:
-    """Stops a ladder once after a number of training steps, as a signal would."""
-
-    def __init__(self, looks):
-        self.looks = looks
-
-    def __call__(self):
-        self.looks -= 1
-        return signal.SIGTERM if self.looks <= 0 else None
 
 
 @pytest.fixture
