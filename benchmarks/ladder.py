@@ -229,7 +229,7 @@ def bare_loop(
     device: torch.device,
 ) -> None:
     """Nothing but steps, compiled where the stage's are."""
-    from bitladder.pipeline.compiling import compile_networks, pays, why_not
+    from bitladder.pipeline.compiling import compile_networks, wants, why_not
     from bitladder.pipeline.optimizer import build_optimizer
     from bitladder.pipeline.training_step import TrainingStep
 
@@ -238,8 +238,7 @@ def bare_loop(
     batches = partial(
         data.train.batches, batch_size, seed=seed, augment=stage.train.augment, device=device
     )
-    paying = pays(facts, batch_size=batch_size, steps=steps, device=device)
-    wanted = stage.train.compile == "on" or (stage.train.compile == "auto" and paying)
+    wanted = wants(stage.train, facts, batch_size=batch_size, steps=steps, device=device)
     if wanted and steps and len(data.train) >= batch_size and not why_not(learner.student):
         compile_networks(learner, teachers, next(batches(epoch=0))[0])
     step = TrainingStep(

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import yaml
+from bitladder.pipeline.compiling import allow_variants
 from bitladder.pipeline.machine import keep_freed_memory
 from bitladder.quant import probe
 from step import MODES, Bench, kd_step, plain_step, qat_step
@@ -49,7 +50,7 @@ def main() -> None:
     args = parse_arguments()
     keep_freed_memory()
     torch.set_num_threads(args.threads)
-    torch._dynamo.config.recompile_limit = 64
+    allow_variants()
     parts = [f"{where_and_how()}. n = {args.rounds} rounds after {args.warm_up}."]
     for axis in args.axes:
         print(axis, file=sys.stderr)

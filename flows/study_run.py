@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -187,14 +186,13 @@ def _check(trials: Sequence[Trial]) -> None:
 
 
 def _size(run: StudyRun, trials: Sequence[Trial]) -> int:
-    from ..pipeline.machine import choose_device
+    from ..pipeline.machine import choose_device, usable_cores
 
     if run.workers is not None:
         return run.workers
     if any(choose_device(trial.config.runtime.device).type != "cpu" for trial in trials[:1]):
         return 1  # one network fills it; give --workers where it does not
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(cores or 1, len(trials)))
+    return max(1, min(usable_cores(), len(trials)))
 
 
 def _tasks(study: Study, store: Store, threads: int | None) -> list[Task]:

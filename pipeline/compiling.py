@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..quant.probing import Probe
 from ..quant.stepping import Stepping
+from .config import TrainConfig
 from .full_batches import FullBatches
 from .learner import Learner
 from .teachers import Teachers
@@ -43,12 +44,10 @@ def compile_networks(learner: Learner, teachers: Teachers, x: Tensor) -> float:
     """
     # it warns of a missing CUDA on every machine that has none
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    config: Any = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, VARIANTS)
+    allow_variants()
     began, student, networks = time.monotonic(), learner.student, teachers.networks
-    buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
     try:
-        with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+        with learner.on_trial(x.device):
             learner.fast = FullBatches(student, len(x))
             with learner.autocast(x.device):
                 logits = learner.fast(x)
@@ -61,12 +60,27 @@ def compile_networks(learner: Learner, teachers: Teachers, x: Tensor) -> float:
         learner.fast, teachers.networks = None, networks
         cause = getattr(error, "inner_exception", error)
         reason = next((line for line in str(cause).splitlines() if line), type(cause).__name__)
-        raise RuntimeError(reason) from error
-    finally:
-        for name, buffer in student.named_buffers():
-            buffer.copy_(buffers[name])
-        learner.zero_grad(set_to_none=True)
+        raise RuntimeError(f"torch.compile does not work here: {reason}") from error
     return time.monotonic() - began
+
+
+def allow_variants() -> None:
+    """Lets torch keep the compiled code of all rungs."""
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, VARIANTS)
+
+
+def wants(
+    train: TrainConfig, found: Probe, *, batch_size: int, steps: int, device: torch.device
+) -> bool:
+    """Whether a stage's networks are to be compiled, as far as its settings say.
+
+    Args:
+        batch_size: images of a step in one process.
+    """
+    if train.compile == "auto":
+        return pays(found, batch_size=batch_size, steps=steps, device=device)
+    return train.compile == "on"
 
 
 def why_not(student: nn.Module) -> str | None:

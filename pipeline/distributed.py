@@ -84,17 +84,11 @@ def _leaves_some_out(learner: Learner, x: Tensor) -> bool:
     if any(parameter.requires_grad for parameter in learner.objective.parameters()):
         return True  # projections for a teacher that is dropped, or a weight that is 0 at times
     student = learner.student
-    buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
-    with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+    with learner.on_trial(x.device):
         with learner.autocast(x.device):
             logits = student(x)
         logits.float().sum().backward()
-    left = any(p.requires_grad and p.grad is None for p in student.parameters())
-    with torch.no_grad():
-        for name, buffer in student.named_buffers():
-            buffer.copy_(buffers[name])
-    learner.zero_grad(set_to_none=True)
-    return left
+        return any(p.requires_grad and p.grad is None for p in student.parameters())
 
 
 def draw_differently() -> None:

@@ -15,7 +15,7 @@ from ..quant.calibrate import bake, calibrate, reestimate_batch_norm
 from ..quant.probing import probe
 from ..quant.swap import apply_plan
 from .cheap_teachers import ready_teachers
-from .compiling import compile_networks, pays, why_not
+from .compiling import compile_networks, wants, why_not
 from .config import BinRegularizationConfig, OscillationConfig, RunConfig, StageConfig
 from .data import DataBundle
 from .data.split import Batch
@@ -134,9 +134,7 @@ def fresh_steps(
     own = step(learner, teachers)
     compiled: CompiledNetworks | None = None
     notes: tuple[str, ...] = ()
-    wanted = stage.train.compile
-    paying = pays(facts, batch_size=size, steps=own.steps, device=device)
-    if wanted == "on" or (wanted == "auto" and paying):
+    if wants(stage.train, facts, batch_size=size, steps=own.steps, device=device):
         images, _ = next(endless_batches(config, stage, data, device))
         compiled, notes = _compile(own, images)
     return FreshSteps(own, step(plain, Teachers([])), compiled, notes)
@@ -169,7 +167,7 @@ def _compile(step: TrainingStep, images: Tensor) -> tuple[CompiledNetworks | Non
     try:
         compile_networks(learner, teachers, images)
     except RuntimeError as error:
-        return None, (f"not compiled, torch.compile does not work here: {error}",)
+        return None, (f"not compiled, {error}",)
     assert learner.fast is not None
     compiled = CompiledNetworks(step, learner.fast, teachers.networks)
     learner.fast, teachers.networks = None, plain

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -213,6 +213,19 @@ class Learner(nn.Module):
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context in which the student runs."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    @contextmanager
+    def on_trial(self, device: torch.device) -> Iterator[None]:
+        """Inside, passes of the student leave no trace: gradients, statistics, random draws."""
+        buffers = {name: buffer.clone() for name, buffer in self.student.named_buffers()}
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                yield
+        finally:
+            with torch.no_grad():
+                for name, buffer in self.student.named_buffers():
+                    buffer.copy_(buffers[name])
+            self.zero_grad(set_to_none=True)
 
     def before_step(self, progress: float) -> None:
         """To be called before the forward pass; `progress` as there."""

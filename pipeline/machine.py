@@ -63,9 +63,14 @@ def device_mistakes(wanted: str, devices: Sequence[int]) -> list[str]:
 
 def own_threads(processes: int) -> int:
     """How many threads each of some processes may have on this machine: its share of the cores."""
-    has_affinity = hasattr(os, "sched_getaffinity")  # Linux
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return max(cores // processes, 1)
+    return max(usable_cores() // processes, 1)
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:

@@ -115,5 +115,5 @@ def _work(
         weights=job.weights,
     )
     with joined(device):
-        torch.manual_seed(int(job.spec.key[:15], 16))  # as a stage in the process itself
+        torch.manual_seed(job.spec.global_seed)
         return STAGES[job.spec.kind].factory(context)

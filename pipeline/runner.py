@@ -236,7 +236,7 @@ def _work(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None]) -
     else:
         cuda = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(int(spec.key[:15], 16))  # foreign networks draw their dropout from it
+            torch.manual_seed(spec.global_seed)
             output = STAGES[spec.kind].factory(context)
     several = {"devices": settings.train.devices} if settings.train.devices > 1 else {}
     files = {

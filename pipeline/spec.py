@@ -36,6 +36,11 @@ class StageSpec:
         """Name of the stage's folder: the head of a sha256."""
         return digest({"kind": self.kind, "options": self.options, "parents": self.parents})
 
+    @property
+    def global_seed(self) -> int:
+        """What the stage seeds torch's global generator with: foreign networks draw from it."""
+        return int(self.key[:15], 16)
+
     def as_dict(self) -> dict[str, Any]:
         """The spec as JSON values."""
         return {"kind": self.kind, "options": dict(self.options), "parents": dict(self.parents)}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -27,8 +25,7 @@ class TrainingStep:
     step which part of it this process has, with `world.set_part`.
 
     Args:
-        teachers: networks in eval mode and without gradients, or what `ready_teachers` makes of
-            them; they see the student's own batches.
+        teachers: they see the student's own batches.
         steps: of the whole stage.
         per_epoch: steps of an epoch.
         seed: decides which teachers a batch does without.
@@ -37,7 +34,7 @@ class TrainingStep:
     def __init__(
         self,
         learner: Learner,
-        teachers: Teachers | Sequence[nn.Module],
+        teachers: Teachers,
         optimizer: Optimizer | OptimizerPair,
         stage: StageConfig,
         *,
@@ -46,7 +43,7 @@ class TrainingStep:
         seed: int,
     ) -> None:
         self.learner = learner
-        self.teachers = teachers if isinstance(teachers, Teachers) else Teachers(teachers)
+        self.teachers = teachers
         self.optimizer = optimizer
         self.steps = steps
         self._stage, self._per_epoch, self._seed = stage, per_epoch, seed

@@ -86,8 +86,8 @@ class LearnedStepQuantizer(Quantizer):
         factor: Bound
         if torch.compiler.is_dynamo_compiling():
             low, high, levels = self.grid.unbind()
-            counted = 0.0 if self.grad_scale == "none" else 1.0
-            factor = (self._count(x) ** -0.5 * levels) ** counted
+            counted = self.grad_scale != "none"
+            factor = levels * self._count(x) ** -0.5 if counted else torch.ones_like(levels)
         else:
             factor = self.grad_factor(x)
         return learned_step(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -14,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..machine import usable_cores
 from .bundle import DataError
 
 log = logging.getLogger(__name__)
@@ -115,13 +115,6 @@ def check_all(files: Sequence[str], *, size: int, resize: bool, on_error: OnErro
         check_header(files[index], size=size, resize=resize)
 
     return _for_each(files, check, "looking at", on_error)
-
-
-def usable_cores() -> int:
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _for_each(

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..machine import usable_cores
 from .augment import Augmentation, Padding
 from .bundle import DATASETS, DataBundle, DataError, channel_statistics
-from .decode import OnError, check_all, read_all, size_of_first, usable_cores
+from .decode import OnError, check_all, read_all, size_of_first
 from .fingerprint import CONTENTS, fingerprint
 from .image_cache import Decoded, decoded_once
 from .listing import ImageListing, list_images, list_images_now

@@ -20,7 +20,7 @@ from ...quant.policy import QuantizerChoice, plan_as_dict
 from ...quant.probing import Probe, probe
 from ...quant.swap import apply_plan, float_state_dict, layer_plan, unquantized
 from ..cheap_teachers import Cheapened, ready_teachers
-from ..compiling import compile_networks, pays, why_not
+from ..compiling import compile_networks, wants, why_not
 from ..config import BinRegularizationConfig, OscillationConfig, StageConfig
 from ..config_section import Component
 from ..data.split import Batch
@@ -214,17 +214,15 @@ def _compiled(
     stage, around, batch_size = context.stage, context.around, data_batch(context)
     data, share = context.data.train, own_share()
     steps = stage.train.epochs * data.num_batches(batch_size, shares=share.of)
-    wanted = stage.train.compile
     if context.resume is not None:
         compiled = bool(json.loads(context.resume["started"]).get("compiled"))
     else:
         own = share.size(batch_size)
-        estimate = pays(facts, batch_size=own, steps=steps, device=context.device)
-        compiled = wanted == "on" or (wanted == "auto" and estimate)
+        compiled = wants(stage.train, facts, batch_size=own, steps=steps, device=context.device)
     compiled = compiled and steps > 0 and len(data) >= batch_size
     if compiled and (reason := why_not(learner.student)):
         compiled = False
-        if wanted == "on":
+        if stage.train.compile == "on":
             around.notify(kind="message", text=f"not compiled: {reason}")
     if compiled:
         batches = data.batches(
@@ -241,8 +239,7 @@ def _compiled(
             around.notify(kind="message", text=f"compiled in {seconds:.0f} s")
         except RuntimeError as error:
             compiled = False
-            text = f"not compiled, torch.compile does not work here: {error}"
-            around.notify(kind="message", text=text)
+            around.notify(kind="message", text=f"not compiled, {error}")
     return replace(around, started={**around.started, "compiled": compiled})
 
 
