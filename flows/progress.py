@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
 from rich.table import Column
 
+from ..pipeline.derived import said_of_packed
 from ..pipeline.events import Event, Listener
 
 LOG_SECONDS = 10.0  # between two lines about a stage in training
@@ -125,6 +126,8 @@ def describe(event: Event) -> str:
             return f"{name} failed: {event.text}"
         case "message":
             return f"{name}: {event.text}"
+        case "packed":
+            return f"{name} packed, {said_of_packed(event.metrics)}"
     return f"{name} {', '.join(_facts(event).values())}"
 
 

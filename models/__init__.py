@@ -3,11 +3,11 @@
 import importlib
 import pkgutil
 
-from .build import build_model, source_hash
+from .build import build_model, is_import_path, source_hash
 from .registry import MODELS
 from .weights import load_weights
 
 for _file in pkgutil.iter_modules(__path__):  # a new file registers its networks by being here
     importlib.import_module(f"{__name__}.{_file.name}")
 
-__all__ = ["MODELS", "build_model", "load_weights", "source_hash"]
+__all__ = ["MODELS", "build_model", "is_import_path", "load_weights", "source_hash"]

@@ -32,8 +32,9 @@ def build_model(
     image_size: int,
     options: Mapping[str, Any] = NO_OPTIONS,
     seed: int = 0,
+    device: str = "cpu",
 ) -> nn.Module:
-    """A new network on the CPU, its weights drawn under `seed`.
+    """A new network, its weights drawn under `seed`.
 
     The same arguments give the same weights, and the global generator is left as it was.
 
@@ -47,6 +48,7 @@ def build_model(
         options: arguments of the network besides these. A foreign factory gets num_classes,
             in_channels and image_size only where its signature has them (or `**kwargs`).
         seed: of the initial weights.
+        device: "cpu"; or "meta" for the shapes alone, which takes no memory.
 
     Raises:
         UnknownNameError: no such model, factory or option; the message lists the known ones.
@@ -60,7 +62,7 @@ def build_model(
     factory = MODELS[name].factory if name in MODELS else _foreign_factory(name)
     arguments = _arguments(name, factory, structure, options)
     # torch.manual_seed would also seed the CUDA generators, which nothing here puts back
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.default_generator.manual_seed(seed)
         if name in MODELS:
             return factory(**arguments)
@@ -125,6 +127,11 @@ def _arguments(
         if option not in named and not takes_any:
             raise UnknownNameError(unknown(f"{name} option", option, named - structure.keys()))
     return {k: v for k, v in structure.items() if takes_any or k in named} | dict(options)
+
+
+def is_import_path(name: str) -> bool:
+    """Whether a name stands for code that is neither ours nor torchvision's."""
+    return name not in MODELS and _torchvision_name(name) is None
 
 
 def _torchvision_name(name: str) -> str | None:

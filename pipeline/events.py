@@ -6,6 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+EventKind = Literal[
+    "reused", "waiting", "started", "step", "epoch", "message", "finished", "packed", "failed"
+]
+
 
 @dataclass(frozen=True)
 class Event:
@@ -23,10 +27,10 @@ class Event:
         accuracy: validation top-1, a fraction.
         seconds_left: estimate until the stage's training ends.
         text: `waiting`: for whom; `message`: a notice; `failed`: the cause.
-        metrics: `finished`: the stage's row of the results table.
+        metrics: `finished`: the stage's row of the results table; `packed`: the file's part of it.
     """
 
-    kind: Literal["reused", "waiting", "started", "step", "epoch", "message", "finished", "failed"]
+    kind: EventKind
     stage: str
     position: int
     stages: int

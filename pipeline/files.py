@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -69,3 +70,14 @@ def sha256_of(path: Path) -> str:
 def now() -> str:
     """The time in UTC, to the microsecond, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def delete(path: Path) -> int:
+    """Deletes a file or a folder; gives back the bytes that this has freed."""
+    if not path.is_dir():
+        size = path.stat().st_size
+        path.unlink()
+        return size
+    size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    shutil.rmtree(path)
+    return size

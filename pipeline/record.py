@@ -16,6 +16,8 @@ MANIFEST = "stage.json"
 MODEL = "model.safetensors"
 METRICS = "metrics.jsonl"
 PROJECTIONS = "projections.safetensors"  # what feature losses learned
+PACKED = "packed.safetensors"  # the file to ship
+SPEEDS = "bench.json"
 CHECKPOINT = "last.pt"
 
 

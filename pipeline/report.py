@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .auto_ladder import recorded_course
+from .derived import differs_too_much
 from .errors import ConfigError
 from .files import write_atomic
 from .record import MANIFEST
@@ -45,6 +46,7 @@ COLUMNS = (
     "test_top1",
     "test_top5",
     "deployed_top1",
+    "flips",
     "fp32_top1",
     "drop",
     "max_levels",
@@ -81,7 +83,7 @@ def reports_current(store: Store, run: Run) -> bool:
     """Whether the reports that a ladder leaves are there, and newer than all its stages."""
     try:
         newest = max(
-            (store.stages / str(stage["key"]) / MANIFEST).stat().st_mtime for stage in run.stages
+            (store.stages / key / MANIFEST).stat().st_mtime for key in (*run.trained, *run.packed)
         )
         folder = store.reports / run.run
         return all((folder / name).stat().st_mtime >= newest for name in REPORTS)
@@ -95,6 +97,7 @@ def reports(store: Store, runs: Sequence[Run]) -> pd.DataFrame:
 
     rows = [row for run in runs for row in _rows(store, run)]
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    frame.attrs["speeds"] = [row for run in runs for row in _speeds(store, run)]
     for name, kind in {**STAGE_COLUMNS, "position": int}.items():
         if kind is int:
             frame[name] = frame[name].astype("Int64")  # whole numbers stay whole beside nulls
@@ -132,7 +135,37 @@ def _rows(store: Store, run: Run) -> list[dict[str, Any]]:
     if (course := recorded_course(run, store.read)) is not None:
         for row, rung, note in zip(rows, course.rungs, course.notes, strict=False):
             row["note"] = note if note and row["stage"] == rung.name else None
+    for row, key in zip(rows, run.packed, strict=True):
+        packed = store.read(key)
+        if packed is not None and (problem := differs_too_much(packed.metrics)):
+            row["note"] = "; ".join(filter(None, (row["note"], problem)))
     return rows
+
+
+def _speeds(store: Store, run: Run) -> list[dict[str, str]]:
+    """What `bitladder bench` found of a run's packed networks, as text for people."""
+    names = dict(zip(run.packed, (str(stage["name"]) for stage in run.stages), strict=True))
+    return [
+        {"run": run.run, "stage": names[packed], **speed_row(speed), "machine": machine}
+        for record in store.of_kind("bench")
+        if (packed := record.spec.parents["packed"]) in names
+        and (machine := "{machine}, {threads} threads".format(**record.spec.options))
+        for speed in record.metrics["speeds"]
+    ]
+
+
+def speed_row(speed: Mapping[str, Any]) -> dict[str, str]:
+    """A measured speed (see `bench.Speed`) as text for people."""
+    return {
+        "runtime": speed["runtime"],
+        "batch": str(speed["batch"]),
+        "ms": f"{1e3 * speed['seconds']:.2f}",
+        "10-90 %": f"{1e3 * speed['low']:.2f}-{1e3 * speed['high']:.2f}",
+        "images/s": f"{speed['batch'] / speed['seconds']:.0f}",
+        "FP32 ms": f"{1e3 * speed['float_seconds']:.2f}",
+        "times": f"{speed['ratio']:.2f}",
+        "layers in": ", ".join(f"{n} {kind}" for kind, n in speed["kernels"].items()),
+    }
 
 
 def render(frame: pd.DataFrame, form: str) -> bytes:
@@ -152,9 +185,11 @@ def render(frame: pd.DataFrame, form: str) -> bytes:
     if form == "markdown":
         table = people(frame).to_markdown(index=False, disable_numparse=True)
         notes = [f"- {line}" for line in note_lines(frame)]
-        return "\n".join([table, *([""] if notes else []), *notes, ""]).encode()
+        speeds = speed_table(frame).to_markdown(index=False, disable_numparse=True)
+        below = ["", speeds] if frame.attrs.get("speeds") else []
+        return "\n".join([table, *([""] if notes else []), *notes, *below, ""]).encode()
     if form == "html":
-        return html_page(frame, people(frame), note_lines(frame)).encode()
+        return html_page(frame, people(frame), note_lines(frame), speed_table(frame)).encode()
     if form == "parquet":
         buffer = io.BytesIO()
         try:
@@ -179,6 +214,18 @@ def plain_table(frame: pd.DataFrame) -> str:
     runs = list(dict.fromkeys(frame["run"]))
     table = "\n".join([people(frame).to_string(index=False), *note_lines(frame)])
     return f"{runs[0]}\n{table}" if len(runs) == 1 else table
+
+
+def speed_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """The speeds of packed networks that were measured, as text; empty where none was.
+
+    "times" is how many times as fast as float32 in the same runtime.
+    """
+    import pandas as pd
+
+    rows = frame.attrs.get("speeds", [])
+    several = frame["run"].nunique() > 1
+    return pd.DataFrame([{k: v for k, v in row.items() if several or k != "run"} for row in rows])
 
 
 def note_lines(frame: pd.DataFrame) -> list[str]:
@@ -215,7 +262,9 @@ def people(frame: pd.DataFrame) -> pd.DataFrame:
         "test %": text("test_top1", ".2f", 100),
         "drop": drop,
         "levels": [_levels(r) for r in rows],
-        "size kB": text("ideal_bytes", ".1f", 1e-3),
+        "packed %": text("deployed_top1", ".2f", 100),
+        "size kB": text("packed_bytes", ".1f", 1e-3),
+        "ratio": text("compression", ".1f"),
         "Gbitops": text("bitops", ".3f", 1e-9),
         "seconds": text("seconds", ".1f"),
     }

@@ -12,13 +12,16 @@ if TYPE_CHECKING:
 _TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 
 
-def html_page(frame: pd.DataFrame, shown: pd.DataFrame, notes: Sequence[str]) -> str:
+def html_page(
+    frame: pd.DataFrame, shown: pd.DataFrame, notes: Sequence[str], speeds: pd.DataFrame
+) -> str:
     """A self-contained page.
 
     Args:
         frame: the full report.
         shown: the columns for people, as text.
         notes: lines to stand below the table.
+        speeds: of packed networks, as text; may be empty.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -31,5 +34,7 @@ def html_page(frame: pd.DataFrame, shown: pd.DataFrame, notes: Sequence[str]) ->
         rows=shown.to_numpy().tolist(),
         errors=errors,
         notes=notes,
+        speed_columns=list(speeds.columns),
+        speeds=speeds.to_numpy().tolist(),
         csv=frame.to_csv(index=False, lineterminator="\n"),
     )

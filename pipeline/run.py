@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .derived import pack_spec
 from .spec import Plan
 
 
@@ -41,6 +42,16 @@ class Run:
             for stage in plan.stages
         )
         return cls(plan.run, plan.name, created, plan.config.model_dump(mode="json"), stages)
+
+    @property
+    def trained(self) -> list[str]:
+        """The keys of its stages."""
+        return [str(stage["key"]) for stage in self.stages]
+
+    @property
+    def packed(self) -> list[str]:
+        """The keys of the stages that pack them."""
+        return [pack_spec(key).key for key in self.trained]
 
     def begins_with(self, other: Run) -> bool:
         """Whether the stages of another are the first ones of this."""

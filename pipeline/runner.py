@@ -16,6 +16,7 @@ from .auto_plan import every_rung, plan_so_far, said_of_rungs
 from .config import RunConfig, RuntimeConfig, StageConfig
 from .data import DATASETS, DataBundle
 from .data.listing import forget_listings
+from .derived import pack_spec
 from .errors import (
     BitladderError,
     ConfigError,
@@ -25,7 +26,7 @@ from .errors import (
     StoreError,
     store_problem,
 )
-from .events import Event, Listener
+from .events import Event, EventKind, Listener
 from .files import TornFileError, now, sha256_of
 from .fit import Surroundings
 from .interruption import Interruption
@@ -34,7 +35,7 @@ from .network_check import check_networks
 from .rank_work import Job
 from .ranks import Ranks
 from .record import CHECKPOINT, METRICS, StageRecord
-from .spec import Plan, PlannedStage
+from .spec import Plan, PlannedStage, StageSpec
 from .stages import STAGES, StageContext, StageOutput
 from .store import Store
 from .tensors import read_checkpoint
@@ -54,6 +55,7 @@ class Ladder:
         plan: of an automatic ladder, as far as it is known; see `stages_in_turn`.
         finished: whether every stage was there, and whole, when the ladder was opened.
         retry_diverged: whether a stage that diverged before is tried again.
+        packs: whether each network is packed into the file to ship.
     """
 
     plan: Plan
@@ -61,6 +63,7 @@ class Ladder:
     listener: Listener
     finished: bool
     retry_diverged: bool = True
+    packs: bool = True
 
     def event(self, stage: PlannedStage, **fields: Any) -> None:
         """Tells the listener something about a stage."""
@@ -133,12 +136,15 @@ def open_ladder(
         forget_listings()  # in a long session the files may have changed since the last ladder
         load_data.cache_clear()
     plan = plan_so_far(config, store.find)
-    finished = plan.complete and all(store.find(stage.key) for stage in plan.stages)
+    keys = [stage.key for stage in plan.stages]
+    if not of_study:
+        keys += [pack_spec(key).key for key in keys]
+    finished = plan.complete and all(store.find(key) for key in keys)
     if not finished:
         check_ladder(config)
     if not of_study:
         _register(store, plan)
-    return Ladder(plan, store, listener, finished, retry_diverged=not of_study)
+    return Ladder(plan, store, listener, finished, retry_diverged=not of_study, packs=not of_study)
 
 
 def check_ladder(config: RunConfig) -> None:
@@ -167,22 +173,35 @@ def _register(store: Store, plan: Plan) -> None:
 
 
 def run_stage(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None]) -> StageRecord:
-    """Runs one stage, or hands back the record that it left before.
+    """Runs one stage, or hands back the record that it left before; and packs its network.
 
     Raises:
         StageError: it failed; the cause is noted in the store.
         Interrupted: a stop was asked for; the state is saved.
     """
-    store, key = ladder.store, stage.key
+    record, known = found_or_made(ladder, stage, stage.spec, stop)
+    kind: EventKind = "reused" if known else "finished"
+    ladder.event(stage, kind=kind, fraction=1.0, metrics=dict(record.metrics))
+    if ladder.packs:
+        packed, known = found_or_made(ladder, stage, pack_spec(stage.key), stop)
+        if not known:
+            ladder.event(stage, kind="packed", metrics=dict(packed.metrics))
+    return record
+
+
+def found_or_made(
+    ladder: Ladder, stage: PlannedStage, spec: StageSpec, stop: Callable[[], int | None]
+) -> tuple[StageRecord, bool]:
+    """The record of a stage, or of one derived from it, and whether it was there before."""
+    store, key = ladder.store, spec.key
     waiting = partial(_waiting, ladder, stage)
     with store.lock(key, waiting=waiting, stop=stop):
         if record := store.claim(key):
-            ladder.event(stage, kind="reused", fraction=1.0, metrics=dict(record.metrics))
-            return record
+            return record, True
         if (cause := store.diverged(key)) and not ladder.retry_diverged:
             raise Diverged(stage.name, cause)
         try:
-            record = _work(ladder, stage, stop)
+            return _work(ladder, stage, spec, stop), False
         except (Interrupted, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -191,12 +210,12 @@ def run_stage(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None
             store.fail(key, cause, diverged=isinstance(failure, Diverged))
             ladder.event(stage, kind="failed", text=cause)
             raise failure from error
-    ladder.event(stage, kind="finished", fraction=1.0, metrics=dict(record.metrics))
-    return record
 
 
-def _work(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None]) -> StageRecord:
-    config, store, spec = ladder.plan.config, ladder.store, stage.spec
+def _work(
+    ladder: Ladder, stage: PlannedStage, spec: StageSpec, stop: Callable[[], int | None]
+) -> StageRecord:
+    config, store, trains = ladder.plan.config, ladder.store, spec is stage.spec
     settings: StageConfig = config.ladder[stage.position]
     model = config.model_of(settings)
     if (number := stop()) is not None:
@@ -210,9 +229,9 @@ def _work(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None]) -
     parents = {role: _parent(store, key, stage) for role, key in spec.parents.items()}
     epochs = settings.train.epochs
     done = len(json.loads(resume["history"])) if resume else 0
-    ladder.event(
-        stage, kind="started", epoch=done, epochs=epochs, fraction=done / epochs if epochs else 0
-    )
+    if trains:
+        share = done / epochs if epochs else 0
+        ladder.event(stage, kind="started", epoch=done, epochs=epochs, fraction=share)
     context = StageContext(
         spec=spec,
         stage=settings,
@@ -229,16 +248,17 @@ def _work(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None]) -
             started={"device": str(device), "threads": threads},
         ),
         resume=resume,
-        weights=Path(model.weights) if model.weights and spec.options["weights"] else None,
+        weights=Path(model.weights) if model.weights and spec.options.get("weights") else None,
     )
-    if settings.train.devices > 1 and epochs:
+    if trains and settings.train.devices > 1 and epochs:
         output = _on_several_devices(context, config)
     else:
         cuda = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(spec.global_seed)
             output = STAGES[spec.kind].factory(context)
-    several = {"devices": settings.train.devices} if settings.train.devices > 1 else {}
+    devices = settings.train.devices
+    several = {"devices": devices} if trains and devices > 1 else {}
     files = {
         name: {"sha256": sha256_of(workdir / name), "bytes": (workdir / name).stat().st_size}
         for name in (*output.files, METRICS)

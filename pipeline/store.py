@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from .errors import StoreError, store_problem
-from .files import TEMPORARY, TornFileError, now, read_json, sha256_of, sync_folder, write_json
+from .files import (
+    TEMPORARY,
+    TornFileError,
+    delete,
+    now,
+    read_json,
+    sha256_of,
+    sync_folder,
+    write_json,
+)
 from .record import CHECKPOINT, MANIFEST, METRICS, StageRecord, read_record
 from .run import Run
 from .spec import Plan
@@ -103,11 +111,15 @@ class Store:
         except (TornFileError, NotADirectoryError):
             return None
 
+    def of_kind(self, kind: str) -> list[StageRecord]:
+        """All committed stages of a kind, the oldest first."""
+        keys = self._ask(lambda index: index.keys_of_kind(kind))
+        return [record for key in keys if (record := self.read(key)) is not None]
+
     def keys(self) -> list[str]:
         """Keys of all committed stages."""
-        if not self.stages.is_dir():
-            return []
-        return sorted(p.name for p in self.stages.iterdir() if p.is_dir() and "." not in p.name)
+        found = self.stages.iterdir() if self.stages.is_dir() else ()
+        return sorted(path.name for path in found if path.is_dir() and "." not in path.name)
 
     def workdir(self, key: str) -> Path:
         """The folder where a stage's work happens; it may hold a checkpoint from before."""
@@ -254,8 +266,7 @@ class Store:
             raise StoreError(f"no ladder in {self.root} yet; start one with: bitladder run digits")
         if name is None:
             return runs[-1]
-        exact = [r for r in runs if r.run == name] or [r for r in runs if r.name == name][-1:]
-        if exact:
+        if exact := [r for r in runs if r.run == name] or [r for r in runs if r.name == name][-1:]:
             return exact[0]
         begins = [r for r in runs if r.run.startswith(name)]
         if len(begins) == 1:
@@ -375,25 +386,15 @@ class Store:
         """
         key = path.name.partition(".")[0]
         if path.parent != self.stages or not key:
-            return _delete(path)
+            return delete(path)
         lock = self._lock(key)
         held = lock.try_to_hold()
         if held is None:
             return 0
         try:
-            freed = _delete(path)
+            freed = delete(path)
             if not any((self.stages / name).exists() for name in (key, f"{key}.part")):
                 lock.path.unlink(missing_ok=True)
             return freed
         finally:
             lock.release(held)
-
-
-def _delete(path: Path) -> int:
-    if not path.is_dir():
-        size = path.stat().st_size
-        path.unlink()
-        return size
-    size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-    shutil.rmtree(path)
-    return size

@@ -39,12 +39,13 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError, DatabaseError
 from sqlalchemy.pool import NullPool
 
+from .derived import pack_spec
 from .errors import StoreError
 from .record import StageRecord
 from .spec import model_text
 
 log = logging.getLogger(__name__)
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _metadata = MetaData()
 
 # Columns of a stage, in the order of every report. What a stage does not have is null.
@@ -60,6 +61,7 @@ STAGE_COLUMNS: dict[str, type] = {
     "test_top1": float,
     "test_top5": float,
     "deployed_top1": float,
+    "flips": int,
     "max_levels": int,
     "weight_levels": int,
     "activation_levels": int,
@@ -73,6 +75,7 @@ STAGE_COLUMNS: dict[str, type] = {
     "model": str,
     "teacher_chosen": str,  # the key of the stage that `teacher: best` came to
 }
+PACKED_COLUMNS = ("deployed_top1", "flips", "packed_bytes", "compression")  # of another stage
 _TYPES: dict[type, Any] = {int: BigInteger, float: Float, str: String}
 
 _meta = Table("meta", _metadata, Column("schema_version", Integer, primary_key=True))
@@ -91,6 +94,7 @@ _run_stages = Table(
     Column("position", Integer, primary_key=True),
     Column("name", String, nullable=False),
     Column("key", String, nullable=False),
+    Column("packed", String, nullable=False),  # the key of the stage that packs it
     Column("teacher", String),
     Column("parent", String),
     Column("spec", JSON, nullable=False),
@@ -116,10 +120,13 @@ _artifacts = Table(
     Column("bytes", BigInteger, nullable=False),
     Column("sha256", String, nullable=False),
 )
+_SHOWN = ", ".join(f"{'p' if c in PACKED_COLUMNS else 's'}.{c}" for c in STAGE_COLUMNS)
 _RESULTS = f"""CREATE VIEW results AS
-SELECT r.run, r.name AS stage, r.position, r.state, {", ".join(f"s.{c}" for c in STAGE_COLUMNS)},
+SELECT r.run, r.name AS stage, r.position, r.state, {_SHOWN},
        r.teacher, r.parent, r.key, s.sha256, s.created, r.error
-FROM run_stages r LEFT JOIN stages s ON s.key = r.key"""
+FROM run_stages r
+LEFT JOIN stages s ON s.key = r.key
+LEFT JOIN stages p ON p.key = r.packed"""
 
 
 class Index:
@@ -292,7 +299,11 @@ class Index:
             for position, stage in enumerate(run["stages"]):
                 connection.execute(
                     insert(_run_stages).values(
-                        run=run["run"], position=position, state="to do", **dict(stage)
+                        run=run["run"],
+                        position=position,
+                        state="to do",
+                        packed=pack_spec(stage["key"]).key,
+                        **stage,
                     )
                 )
 
@@ -326,6 +337,12 @@ class Index:
                 .order_by(_run_stages.c.position)
             ).mappings()
             return {**row, "stages": [dict(s) for s in stages]}
+
+    def keys_of_kind(self, kind: str) -> list[str]:
+        """The keys of all stages of a kind, the oldest first."""
+        query = select(_stages.c.key).where(_stages.c.kind == kind).order_by(_stages.c.created)
+        with self._begin() as connection:
+            return list(connection.execute(query).scalars())
 
     def results(self, run: str) -> list[dict[str, Any]]:
         """The rows of the view `results` for one run, in ladder order."""

@@ -27,7 +27,12 @@ HOMES = {
     "prefect": ("flows/*",),
     **dict.fromkeys(("prefect_dask", "prefect_ray", "distributed", "ray"), ("flows/trials/*",)),
     "sqlalchemy": ("pipeline/store*",),
-    "pydantic": ("pipeline/config*", "pipeline/plan*", "pipeline/study/config.py"),
+    "pydantic": (
+        *("pipeline/config*", "pipeline/plan*", "pipeline/study/config.py"),
+        *("pipeline/packed_file.py", "pipeline/predict.py"),  # what a shipped file says of itself
+    ),
+    "onnx": ("quant/export/onnx_*",),
+    "openvino": ("quant/export/openvino_ir.py",),
     "yaml": ("pipeline/config*", "pipeline/plan*", "pipeline/yaml_reader.py"),
     "pandas": ("pipeline/report*", "pipeline/study/*"),
     "scipy": ("pipeline/study/statistics.py",),

@@ -261,11 +261,11 @@ def test_a_diverged_trial_is_counted_and_not_tried_again(bitladder, monkeypatch)
     heard = []
     with pytest.raises(Diverged):  # as a ladder of its own it is tried again
         run_ladder(open_ladder(hot.config, store, heard.append))
-    assert [event.kind for event in heard] == ["reused", "started", "failed"]
+    assert [event.kind for event in heard] == ["reused", "packed", "started", "failed"]
     assert store.diverged(hot.plan.stages[-1].key)
     with pytest.raises(Diverged):  # and in a study not, by whomever it diverged
         run_ladder(open_ladder(hot.config, store, heard.append, of_study=True))
-    assert [event.kind for event in heard][3:] == ["reused"]
+    assert [event.kind for event in heard][4:] == ["reused"]
 
 
 # -- interruption, kill ------------------------------------------------------------------------

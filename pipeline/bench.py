@@ -1,0 +1,131 @@
+"""How fast a packed network runs beside its float32 original, in each runtime that is there."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from ..quant.export.canonical import make_canonical
+from .exported import write_onnx, write_openvino
+from .network import build_network
+from .packed_file import PackedModel
+from .runtimes import Opened, in_pytorch, open_onnx, open_openvino
+from .timing import Case, in_turns
+
+BATCHES = (1, 64)
+ROUNDS, WARM_UP = 21, 5
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A network in one runtime at one batch size.
+
+    Attributes:
+        runtime: "pytorch", "onnxruntime", "openvino", or "openvino, bits" where binary layers
+            run by xnor and popcount.
+        seconds: of a batch, median over the rounds.
+        low, high: the tenth and the ninetieth percentile.
+        float_seconds: the same of the float32 network.
+        ratio: median over the rounds of float32's time over this one's: above 1 is faster.
+        kernels: see `Opened`.
+        rounds: how many.
+    """
+
+    runtime: str
+    batch: int
+    seconds: float
+    low: float
+    high: float
+    float_seconds: float
+    ratio: float
+    kernels: dict[str, int]
+    rounds: int
+
+
+def bench(
+    packed: PackedModel,
+    *,
+    batches: Sequence[int] = BATCHES,
+    rounds: int = ROUNDS,
+    after_round: Callable[[int, int], None] = lambda done, all_: None,
+) -> list[Speed]:
+    """Times a packed network and its float32 original in turns, in torch's number of threads.
+
+    Images are random: the time does not depend on them.
+    """
+    original = float_original(packed)
+    network = packed.description.network
+    shape = (network.in_channels, network.image_size, network.image_size)
+    threads = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    with TemporaryDirectory() as folder:
+        for batch in batches:
+            x = torch.randn(batch, *shape, generator=generator)
+            pairs = _opened(packed, original, batch, Path(folder), threads)
+            cases = {name: (_case(own, x), _case(other, x)) for name, (own, other) in pairs.items()}
+            every = [case for pair in cases.values() for case in pair]
+            in_turns(every, rounds=rounds, warm_up=WARM_UP, after_round=after_round)
+            found += [
+                _speed(name, batch, own, other, pairs[name][0])
+                for name, (own, other) in cases.items()
+            ]
+    return found
+
+
+def float_original(packed: PackedModel) -> PackedModel:
+    """The same network without quantizers, with fresh weights."""
+    description = packed.description
+    network = description.network.model_dump(exclude={"source"})
+    model = make_canonical(build_network(network, seed=0), {})
+    empty = description.model_copy(update={"quantizers": [], "codings": [], "layers": {}})
+    return replace(packed, model=model, weights={}, description=empty)
+
+
+def _opened(
+    packed: PackedModel, original: PackedModel, batch: int, folder: Path, threads: int
+) -> dict[str, tuple[Opened, Opened]]:
+    pairs = {"pytorch": (in_pytorch(packed.model), in_pytorch(original.model))}
+    if find_spec("onnx") is None:
+        return pairs
+    if find_spec("onnxruntime") is not None:
+        files = [folder / f"{name}.onnx" for name in ("own", "float")]
+        for file, network in zip(files, (packed, original), strict=True):
+            write_onnx(network, file)
+        own, other = (open_onnx(file, threads=threads) for file in files)
+        pairs["onnxruntime"] = own, other
+    if find_spec("openvino") is not None:
+        files = [folder / f"{name}.xml" for name in ("own", "float")]
+        for file, network in zip(files, (packed, original), strict=True):
+            write_openvino(network, file, batch=None)
+        own, other = (open_openvino(file, threads=threads) for file in files)
+        pairs["openvino"] = own, other
+        bits = folder / f"bits{batch}.xml"
+        if write_openvino(packed, bits, batch=batch):
+            pairs["openvino, bits"] = open_openvino(bits, threads=threads), other
+    return pairs
+
+
+def _case(opened: Opened, x: torch.Tensor) -> Case:
+    return Case("", lambda: opened(x))
+
+
+def _speed(name: str, batch: int, own: Case, other: Case, opened: Opened) -> Speed:
+    low, *_, high = statistics.quantiles(own.seconds, n=10)
+    return Speed(
+        runtime=name,
+        batch=batch,
+        seconds=own.median,
+        low=low,
+        high=high,
+        float_seconds=other.median,
+        ratio=other.ratio(own),
+        kernels=dict(opened.kernels),
+        rounds=len(own.seconds),
+    )

@@ -1,0 +1,72 @@
+"""Stages made from a trained one: what they are follows from its key alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .spec import StageSpec
+
+PACKED_FORMAT = 1  # of packed files; a higher one was written by a newer Bitladder
+EXPORT_RECIPE = 1
+BENCH_RECIPE = 1
+MOST_FLIPS = 0.002  # of the test split
+PACK_RECIPE = 1  # raised when other bytes or numbers come of the same network
+
+
+def pack_spec(trained: str) -> StageSpec:
+    """The stage that packs a trained one, whose key is given."""
+    return StageSpec(
+        kind="pack",
+        options={"format": PACKED_FORMAT, "recipe": PACK_RECIPE},
+        parents={"network": trained},
+    )
+
+
+def export_spec(
+    packed: str, form: str, *, batch: int | None = None, narrow: bool = False
+) -> StageSpec:
+    """The stage that exports a packed network, whose key is given, to another format.
+
+    Args:
+        batch: of OpenVINO, for which binary layers run on bits.
+        narrow: whether ONNX has codes of 4 and 2 bits in types of their own.
+    """
+    return StageSpec(
+        kind="export",
+        options={"format": form, "batch": batch, "narrow": narrow, "recipe": EXPORT_RECIPE},
+        parents={"packed": packed},
+    )
+
+
+def bench_spec(packed: str, machine: str, threads: int, batches: Sequence[int]) -> StageSpec:
+    """The stage that times a packed network, whose key is given, on a machine of some name."""
+    return StageSpec(
+        kind="bench",
+        options={
+            "machine": machine,
+            "threads": threads,
+            "batches": list(batches),
+            "recipe": BENCH_RECIPE,
+        },
+        parents={"packed": packed},
+    )
+
+
+def said_of_packed(metrics: Mapping[str, Any]) -> str:
+    """A packed network for people: size, share of float32, accuracy."""
+    return (
+        f"{metrics['packed_bytes'] / 1e3:.1f} kB, {metrics['compression']:.1f} times smaller than "
+        f"in float32, test {100 * metrics['deployed_top1']:.2f} %"
+    )
+
+
+def differs_too_much(metrics: Mapping[str, Any]) -> str | None:
+    """What is wrong where a packed network classifies more images otherwise than it may."""
+    flips, images = metrics["flips"], metrics["test_images"]
+    if flips <= MOST_FLIPS * images:
+        return None
+    return (
+        f"the packed network classifies {flips} of {images} test images otherwise than the "
+        f"training network, more than {100 * MOST_FLIPS:g} %"
+    )

@@ -1,0 +1,123 @@
+"""Exports of packed networks to the formats of other runtimes, and how their logits agree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from .derived import MOST_FLIPS
+from .errors import ConfigError
+from .files import write_atomic
+from .packed_file import PackedModel
+from .runtimes import Opened, needed, open_onnx, open_openvino
+
+if TYPE_CHECKING:
+    from ..quant.export.onnx_qdq import OnnxGraph
+
+ExportFormat = Literal["onnx", "openvino"]
+SUFFIX: dict[str, str] = {"onnx": ".onnx", "openvino": ".xml"}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A file's logits beside those of the packed network, on some images.
+
+    Attributes:
+        flips: images that it classifies otherwise.
+        error: largest difference over the standard deviation of the logits.
+        top1: accuracy of the file.
+    """
+
+    images: int
+    flips: int
+    error: float
+    top1: float
+
+
+def write_onnx(packed: PackedModel, path: Path, *, narrow: bool = False) -> tuple[str, ...]:
+    """Writes a packed network as ONNX; the names of the files, of which it is one.
+
+    Args:
+        narrow: see `onnx_qcdq`.
+
+    Raises:
+        ConfigError: the extra is missing, or the network has something that ONNX export has not.
+    """
+    write_atomic(path, _graph(packed, narrow=narrow).model.SerializeToString())
+    return (path.name,)
+
+
+def write_openvino(packed: PackedModel, path: Path, *, batch: int | None) -> tuple[str, ...]:
+    """Writes a packed network as OpenVINO's IR; the names of the files, the main one first.
+
+    With a batch size binary layers run on bits; nothing is written where there are none.
+
+    Raises:
+        ConfigError: as above.
+    """
+    openvino = needed("openvino")
+    graph = _graph(packed, in_int16=True)
+    if batch is not None and not graph.binary:
+        return ()
+    from ..quant.export.openvino_ir import openvino_model
+
+    openvino.save_model(openvino_model(graph, batch=batch), path, compress_to_fp16=False)
+    return (path.name, path.with_suffix(".bin").name)
+
+
+def _graph(packed: PackedModel, *, in_int16: bool = False, narrow: bool = False) -> OnnxGraph:
+    needed("onnx")
+    from ..quant.export.onnx_qdq import onnx_qcdq
+    from ..quant.export.tracing import CannotExport
+
+    network = packed.description.network
+    image = (network.in_channels, network.image_size, network.image_size)
+    metadata = {
+        "bitladder": json.dumps(packed.description.made, sort_keys=True),
+        "images": packed.description.images.model_dump_json(),
+        "packed_sha256": packed.sha256,
+    }
+    try:
+        return onnx_qcdq(
+            packed.model, packed.weights, image, metadata=metadata, in_int16=in_int16, narrow=narrow
+        )
+    except CannotExport as error:
+        raise ConfigError([str(error)]) from None
+
+
+def agreement(
+    own: Opened, reference: Opened, batches: Iterable[tuple[Tensor, Tensor]]
+) -> Agreement:
+    """How a file's logits differ from those of the packed network."""
+    images = flips = right = 0
+    largest = 0.0
+    for x, targets in batches:
+        logits, expected = own(x), reference(x)
+        spread = float(expected.std().clamp_min(1e-12))
+        largest = max(largest, float((logits - expected).abs().max()) / spread)
+        flips += int((logits.argmax(1) != expected.argmax(1)).sum())
+        right += int((logits.argmax(1) == targets).sum())
+        images += len(x)
+    return Agreement(images, flips, largest, right / images)
+
+
+def refuses(found: Agreement, runtime: str) -> str | None:
+    """Why a file is not to be used; None where it does what the packed network does."""
+    if found.flips <= MOST_FLIPS * found.images:
+        return None
+    return (
+        f"{runtime} classifies {found.flips} of {found.images} images otherwise than the packed "
+        f"network, more than {100 * MOST_FLIPS:g} %"
+    )
+
+
+def open_export(form: str, path: Path) -> Opened:
+    """The runtime that a format is for, with torch's number of threads."""
+    runtimes: dict[str, Callable[..., Opened]] = {"onnx": open_onnx, "openvino": open_openvino}
+    return runtimes[form](path, threads=torch.get_num_threads())

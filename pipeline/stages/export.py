@@ -1,0 +1,46 @@
+"""Export a packed network to another runtime's format, and run it there before it counts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from ..errors import StageError
+from ..exported import SUFFIX, agreement, open_export, refuses, write_onnx, write_openvino
+from ..fit import EVALUATION_BATCH
+from ..packed_file import read_packed
+from ..record import PACKED
+from ..runtimes import open_packed
+from .base import STAGES, StageContext, StageOutput
+
+
+@STAGES.register("export")
+def export(context: StageContext) -> StageOutput:
+    """Writes the file, classifies the test set with it, and compares with the packed network.
+
+    Raises:
+        StageError: it classifies more images otherwise than it may.
+        ConfigError: the extra `deploy` is missing, or the network cannot be said in the format.
+    """
+    record, options = context.parents["packed"], context.spec.options
+    form, batch = options["format"], options["batch"]
+    source = context.store.stages / record.key / PACKED
+    name = record.network["name"]
+    packed = read_packed(source, trust={name})  # packed from a network that ran here
+    path = context.around.workdir / f"model{SUFFIX[form]}"
+    if form == "onnx":
+        written = write_onnx(packed, path, narrow=options["narrow"])
+    elif not (written := write_openvino(packed, path, batch=batch)):
+        raise StageError(
+            context.around.name, "no layer is binary, so nothing needs a batch size", "leave it out"
+        )
+    batches = context.data.test.evaluation_batches(EVALUATION_BATCH, device="cpu")
+    found = agreement(open_export(form, path), open_packed(source, trust={name}), batches)
+    if problem := refuses(found, form):
+        raise StageError(context.around.name, problem)
+    metrics: dict[str, Any] = {
+        "format": form,
+        **{f"export_{key}": value for key, value in asdict(found).items()},
+        "export_bytes": sum(path.with_name(name).stat().st_size for name in written),
+    }
+    return StageOutput(written, record.network, metrics)

@@ -1,0 +1,89 @@
+"""OpenVINO models: the QCDQ graph, and binary layers on bits (xnor and popcount)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from openvino import opset1 as ops
+from openvino.utils import replace_node
+
+from .onnx_qdq import BinaryLayer, OnnxGraph
+
+
+def openvino_model(graph: OnnxGraph, *, batch: int | None = None) -> ov.Model:
+    """The network as an OpenVINO model.
+
+    Args:
+        graph: from `onnx_qcdq`, with `in_int16` for processors without VNNI instructions.
+        batch: images at a time. With it the binary layers run on bits, which takes a fixed
+            batch; without, they run in float and any batch goes.
+    """
+    model = ov.Core().read_model(graph.model.SerializeToString())
+    if batch is not None:
+        image = model.input(0).get_partial_shape()
+        model.reshape(ov.PartialShape([batch, *list(image)[1:]]))
+        outputs = {
+            name: out for op in model.get_ops() for out in op.outputs() for name in out.names
+        }
+        for layer in filter(_can_run_on_bits, graph.binary):
+            _run_on_bits(outputs[layer.node], outputs[layer.input], layer)
+        model.validate_nodes_and_infer_types()
+    return model
+
+
+def _can_run_on_bits(layer: BinaryLayer) -> bool:
+    """Whether OpenVINO is right about it: it reads the weights of each pixel from whole bytes.
+
+    With input channels that are no multiple of 8 its sums are wrong without a word (2026.4).
+    """
+    low, high = layer.levels
+    return layer.signs.shape[1] % 8 == 0 and low in (-high, 0.0)
+
+
+def _run_on_bits(product: Any, source: Any, layer: BinaryLayer) -> None:
+    """Puts a binary convolution in the place of a float one.
+
+    Both inputs are read as -1 and +1. Inputs of levels -s and +s are padded with 0, those of 0
+    and s with -1, which stands for 0; what their offset comes to is a constant behind.
+    """
+    low, high = layer.levels
+    conv = _convolution(product)
+    # upper from the threshold on, itself included; FakeQuantize has it strictly above
+    below = layer.threshold.nextafter(torch.full_like(layer.threshold, -torch.inf)).numpy()
+    edge = ops.constant(below if below.ndim == 0 else below[None])
+    zero, one = ops.constant(np.float32(0)), ops.constant(np.float32(1))
+    bits = ops.fake_quantize(source, edge, edge, zero, one, 2)
+    counted = ops.binary_convolution(
+        bits,
+        _bits_of(layer.signs.numpy() > 0),
+        list(layer.strides),
+        list(layer.padding),
+        list(layer.padding),
+        list(layer.dilations),
+        "xnor-popcount",
+        0.0 if low else -1.0,
+    )
+    step = high if low else high / 2
+    factor = (layer.scale.double() * step).float().numpy()
+    y = ops.multiply(counted, ops.constant(factor[None, :, None, None]))
+    if not low:
+        sums = layer.signs.double().sum((1, 2, 3)) * layer.scale.double() * step
+        y = ops.add(y, ops.constant(sums.float().numpy()[None, :, None, None]))
+    replace_node(conv, y)
+
+
+def _convolution(product: Any) -> Any:
+    """The convolution behind a name, which may be that of the addition of its bias."""
+    node = product.get_node()
+    if node.get_type_name() == "Convolution":
+        return node
+    return node.input_value(0).get_node()
+
+
+def _bits_of(values: np.ndarray[Any, Any]) -> Any:
+    """A constant of type u1, the lowest bit first."""
+    packed = np.packbits(values.reshape(-1), bitorder="little")
+    return ov.op.Constant(ov.Tensor(packed, ov.Shape(list(values.shape)), ov.Type.u1), False)

@@ -1,0 +1,120 @@
+"""ONNX and OpenVINO files of a ladder's rungs, and what is done with them."""
+
+import numpy as np
+import pytest
+import torch
+from bitladder.pipeline import exported
+from bitladder.pipeline.bench import bench
+from bitladder.pipeline.derive import derive
+from bitladder.pipeline.derived import export_spec, pack_spec
+from bitladder.pipeline.errors import ConfigError, StageError
+from bitladder.pipeline.packed_file import read_packed
+from bitladder.pipeline.predict import predict
+from bitladder.pipeline.record import PACKED
+from bitladder.pipeline.runtimes import Opened
+from PIL import Image
+
+
+@pytest.fixture
+def shipped(tiny, run, store):
+    run(tiny(), store)
+    return store, store.run()
+
+
+def packed_key(run, name):
+    return pack_spec(next(s["key"] for s in run.stages if s["name"] == name)).key
+
+
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_an_export_is_a_stage_with_its_own_accuracy(shipped, form):
+    store, run = shipped
+    spec = export_spec(packed_key(run, "w4a8"), form)
+    record = derive(run, "w4a8", spec, store)
+    assert record.metrics["export_flips"] == 0
+    assert record.metrics["export_images"] == 360
+    assert record.metrics["export_error"] < 0.2  # a code that flips; without, 1e-6
+    assert store.find(spec.key) == record
+    assert derive(run, "w4a8", spec, store) == record  # found, not made again
+
+
+def test_a_file_that_classifies_otherwise_gets_no_name(shipped, monkeypatch):
+    store, run = shipped
+    always_the_first = -torch.arange(10.0)
+    answer = Opened(lambda x: always_the_first.expand(len(x), 10))
+    monkeypatch.setattr(exported, "open_onnx", lambda path, threads: answer)
+    spec = export_spec(packed_key(run, "w4a8"), "onnx")
+    with pytest.raises(StageError, match="otherwise than the packed network"):
+        derive(run, "w4a8", spec, store)
+    assert store.find(spec.key) is None
+    assert store.state(spec.key)[0] == "failed"
+
+
+def test_without_the_extra_it_is_said_what_to_install(shipped, monkeypatch):
+    store, run = shipped
+    monkeypatch.setitem(__import__("sys").modules, "onnx", None)
+    with pytest.raises(ConfigError, match=r"bitladder\[deploy\]"):
+        derive(run, "w4a8", export_spec(packed_key(run, "w4a8"), "onnx"), store)
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """A folder with twenty image files, and their pixels."""
+    from sklearn.datasets import load_digits
+
+    pixels = (load_digits().images[:20] * 255 / 16).round().astype(np.uint8)
+    folder = tmp_path / "digits"
+    folder.mkdir()
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{number:02}.png")
+    return folder, torch.from_numpy(pixels)
+
+
+@pytest.mark.parametrize("form", ["packed", "onnx"])
+def test_predict_names_the_classes_of_image_files(shipped, digits, form):
+    store, run = shipped
+    file = store.stages / packed_key(run, "fp32") / PACKED
+    if form == "onnx":
+        record = derive(run, "fp32", export_spec(packed_key(run, "fp32"), form), store)
+        file = store.stages / record.key / "model.onnx"
+    folder, pixels = digits
+    Image.fromarray(pixels[0].numpy()).resize((30, 24)).convert("RGB").save(folder.parent / "a.jpg")
+    found = predict(file, [folder, folder.parent / "a.jpg"], top=3)
+    assert [p.image.name for p in found] == [*(f"{n:02}.png" for n in range(20)), "a.jpg"]
+    packed = read_packed(store.stages / packed_key(run, "fp32") / PACKED)
+    facts = packed.description.images
+    x = (pixels.unsqueeze(1) / 255 - facts.mean[0]) / facts.std[0]
+    with torch.no_grad():
+        expected = packed.model(x).argmax(1).tolist()
+    assert [p.classes[0][0] for p in found[:20]] == [facts.classes[n] for n in expected]
+    for prediction in found:
+        shares = [share for _, share in prediction.classes]
+        assert shares == sorted(shares, reverse=True)
+        assert sum(shares) <= 1.0001
+
+
+def test_predict_names_everything_that_it_cannot_use(shipped, tmp_path):
+    store, run = shipped
+    file = store.stages / packed_key(run, "fp32") / PACKED
+    text = tmp_path / "text.png"
+    text.write_text("no image")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError) as error:
+        predict(file, [tmp_path / "none.png", tmp_path / "empty"])
+    assert len(error.value.errors) == 2
+    with pytest.raises(ConfigError, match=r"text\.png"):
+        predict(file, [text])
+    other = tmp_path / "other.onnx"
+    other.write_bytes(b"no model")
+    with pytest.raises(ConfigError, match=r"other\.onnx"):
+        predict(other, [text])
+
+
+def test_bench_times_each_runtime_beside_float32(shipped):
+    store, run = shipped
+    packed = read_packed(store.stages / packed_key(run, "w4a8") / PACKED)
+    found = bench(packed, batches=(1, 2), rounds=3)
+    assert [(s.runtime, s.batch) for s in found] == [
+        (runtime, batch) for batch in (1, 2) for runtime in ("pytorch", "onnxruntime", "openvino")
+    ]
+    assert all(s.low <= s.seconds <= s.high and s.ratio > 0 for s in found)
+    assert any("int8" in s.kernels for s in found if s.runtime == "openvino")

@@ -1,0 +1,202 @@
+"""Packed files: made with every ladder, read back, refused where they are not what they claim."""
+
+import json
+
+import pytest
+import torch
+from bitladder.pipeline import packed_file
+from bitladder.pipeline.config_load import parse_config
+from bitladder.pipeline.derived import pack_spec
+from bitladder.pipeline.errors import ConfigError, StageError
+from bitladder.pipeline.network import load_network
+from bitladder.pipeline.packed_file import read_packed
+from bitladder.pipeline.record import PACKED
+from bitladder.pipeline.report import accuracy_report
+from bitladder.pipeline.runner import open_ladder, run_ladder
+from bitladder.pipeline.store import Store
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny_ladder import TINY
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """The store of a ladder, its records, and the file of its 4-bit rung."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    store = Store(tmp_path_factory.mktemp("shipped") / "artifacts")
+    records = run_ladder(open_ladder(parse_config(TINY), store, lambda event: None))
+    torch.set_num_threads(before)
+    return store, records, [packed_path(store, record) for record in records]
+
+
+def packed_path(store, record):
+    return store.stages / pack_spec(record.key).key / PACKED
+
+
+def images(count=8):
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_every_rung_ends_in_a_file_that_gives_the_same_logits(shipped):
+    store, records, files = shipped
+    for record, file in zip(records, files, strict=True):
+        packed = read_packed(file)
+        trained = load_network(store, record, torch.device("cpu"))
+        with torch.no_grad():
+            logits = packed.model(images())
+            torch.testing.assert_close(logits, trained(images()), rtol=1e-4, atol=1e-4)
+        assert packed.description.made["stage"] == record.key
+        assert packed.description.made["test_top1"] == record.metrics["test_top1"]
+        assert packed.description.images.classes == [str(n) for n in range(10)]
+
+
+def test_the_table_has_size_and_accuracy_of_the_files(shipped):
+    store, _, files = shipped
+    table = accuracy_report(store)
+    assert list(table["packed_bytes"]) == [file.stat().st_size for file in files]
+    assert list(table["flips"]) == [0, 0, 0]
+    assert list(table["deployed_top1"]) == list(table["test_top1"])
+    assert table["compression"].is_monotonic_increasing
+
+
+def test_a_packing_that_is_gone_is_done_again_without_training(shipped, tiny, tmp_path, events):
+    store, _, files = shipped
+    before = files[1].read_bytes()
+    files[1].unlink()
+    run_ladder(open_ladder(tiny(), store, events))
+    assert events.trained == []
+    assert files[1].read_bytes() == before  # the same bytes, too
+
+
+def test_a_packed_file_holds_no_latent_weights(shipped):
+    _, _, files = shipped
+    with safe_open(files[1], framework="pt") as file:
+        names = set(file.keys())
+        dtypes = {name: file.get_slice(name).get_dtype() for name in names}
+    codes = {name for name in names if name.endswith(".codes")}
+    assert len(codes) == 3
+    assert {dtypes[name] for name in codes} == {"U8"}
+    assert not any(name.endswith("layer.weight") for name in names)
+
+
+# -- refused -------------------------------------------------------------------------------
+
+
+def contents(file):
+    with safe_open(file, framework="pt") as opened:
+        names = opened.keys()
+        return {n: opened.get_tensor(n) for n in names}, dict(opened.metadata())
+
+
+def rewritten(file, out, change, *, honest=True):
+    """The file with its description changed, and with the checksum of that unless `honest`."""
+    tensors, metadata = contents(file)
+    entry = json.loads(metadata["bitladder"])
+    change(entry["description"], tensors)
+    if honest:
+        entry["sha256"] = packed_file.checksum(entry["description"], tensors)
+    save_file(tensors, out, {"bitladder": json.dumps(entry)})
+    return out
+
+
+def network(**values):
+    return lambda raw, tensors: raw["network"].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda raw, tensors: raw.update(format=99), "newer Bitladder"),
+        (lambda raw, tensors: raw.pop("images"), "images: Field required"),
+        (lambda raw, tensors: raw.update(more=1), "more: Extra inputs"),
+        (network(name="no_such_net"), "no_such_net"),
+        (network(source="tiny_convnet/v0"), "was another one when it was packed"),
+        (network(num_classes=10**12), "more than its"),
+        (network(num_classes=-1), "num_classes"),
+        (network(options={"width": 10**5}), "more than its"),
+        (network(options={"width": 10**9}), "cannot be built"),
+        (lambda raw, tensors: raw["quantizers"][0].update(channels=10**12), "more than its"),
+        (lambda raw, tensors: raw["quantizers"][0].update(quantizer="none"), "none"),
+        (lambda raw, tensors: raw["quantizers"][0].update(version=9), "has version 9"),
+        (lambda raw, tensors: raw["codings"][0].update(bits=30), "30"),
+        (lambda raw, tensors: raw["layers"].pop("fc"), "fc"),
+        (lambda raw, tensors: raw["layers"]["fc"].update(weight=77), "no weight quantizer 77"),
+        (lambda raw, tensors: tensors.pop("fc.layer.bias"), "without fc.layer.bias"),
+        (lambda raw, tensors: tensors.update(x=torch.zeros(1)), "with unknown x"),
+        (lambda raw, tensors: tensors.update({"fc.scale": torch.ones(3)}), "fc.scale"),
+    ],
+)
+def test_a_file_that_does_not_fit_together_is_refused(shipped, tmp_path, change, says):
+    file = rewritten(shipped[2][1], tmp_path / "changed.safetensors", change)
+    with pytest.raises(ConfigError, match=says) as error:
+        read_packed(file)
+    assert str(file) in str(error.value)
+
+
+def test_a_changed_tensor_is_noticed(shipped, tmp_path):
+    def turn(raw, tensors):
+        tensors["fc.codes"][0] ^= 1
+
+    file = rewritten(shipped[2][1], tmp_path / "changed.safetensors", turn, honest=False)
+    with pytest.raises(ConfigError, match="does not match its checksum"):
+        read_packed(file)
+
+
+def test_what_is_no_packed_file_is_said_so(shipped, tmp_path):
+    missing = tmp_path / "missing.safetensors"
+    with pytest.raises(ConfigError, match="No such file"):
+        read_packed(missing)
+    other = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(1)}, other)
+    with pytest.raises(ConfigError, match="bitladder export"):
+        read_packed(other)
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(shipped[2][1].read_bytes()[:-7])
+    with pytest.raises(ConfigError, match=str(torn)):
+        read_packed(torn)
+
+
+def test_code_of_somebody_runs_only_where_it_is_trusted(shipped, tmp_path, monkeypatch):
+    (tmp_path / "their_net.py").write_text("raise SystemExit('their code ran')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = rewritten(shipped[2][1], tmp_path / "theirs.safetensors", network(name="their_net:net"))
+    with pytest.raises(ConfigError, match="--trust their_net:net"):
+        read_packed(file)
+    with pytest.raises(SystemExit, match="their code ran"):
+        read_packed(file, trust=["their_net:net"])
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_damage_does_more_than_a_message(shipped, tmp_path, data):
+    whole = shipped[2][1].read_bytes()
+    damaged = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(damaged) - 1))
+        damaged[place] = data.draw(st.integers(0, 255))
+    end = data.draw(st.sampled_from([len(damaged), len(damaged) // 2, 8, 0]))
+    file = tmp_path / "damaged.safetensors"
+    file.write_bytes(bytes(damaged[:end]))
+    if file.read_bytes() == whole:
+        return
+    with pytest.raises(ConfigError, match=r"damaged\.safetensors"):
+        read_packed(file)
+
+
+def test_a_file_that_is_not_the_network_fails_the_stage(tiny, store, monkeypatch):
+    from bitladder.pipeline.stages import pack
+
+    real = pack.read_packed
+
+    def other(path, **more):
+        found = real(path, **more)
+        with torch.no_grad():
+            next(found.model.parameters()).add_(1)
+        return found
+
+    monkeypatch.setattr(pack, "read_packed", other)
+    with pytest.raises(StageError, match="not the one that was packed"):
+        run_ladder(open_ladder(tiny(), store))
