@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from . import shipping
+from .options import (
+    DEFAULT_STORE,
+    ConfigArgument,
+    DatabaseOption,
+    RunnerOption,
+    SetOption,
+    StoreOption,
+    VerboseOption,
+    open_store,
+    quiet,
+)
 
 app = typer.Typer(
     name="bitladder",
@@ -19,34 +31,6 @@ app = typer.Typer(
     "rung starts from the rung above and is distilled by it.\n\n"
     "Begin with [bold]bitladder run digits[/bold]: five rungs in about a minute on a CPU.",
 )
-
-StoreOption = Annotated[
-    Path,
-    typer.Option("--store", envvar="BITLADDER_STORE", help="Folder of all results.", metavar="DIR"),
-]
-DatabaseOption = Annotated[
-    str | None,
-    typer.Option(
-        "--database",
-        envvar="BITLADDER_DATABASE",
-        help="SQLAlchemy URL of the results tables, if not SQLite in the store.",
-        metavar="URL",
-    ),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Change a value, such as ladder.2.epochs=5.", metavar="KEY=VALUE"),
-]
-RunnerOption = Annotated[
-    Literal["prefect", "plain"],
-    typer.Option(help="Prefect shows and logs the flow; plain runs the same ladder without it."),
-]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")]
-ConfigArgument = Annotated[str, typer.Argument(help="A shipped config by name, or a YAML file.")]
-RunArgument = Annotated[
-    str | None, typer.Argument(help="A run's id, a prefix of it, or its name; default: newest.")
-]
-DEFAULT_STORE = Path("artifacts")  # as in pipeline.store, which `--help` need not import
 
 
 @app.command()
@@ -65,7 +49,7 @@ def run(
     """
     from .commands import run_config
 
-    run_config(config, set_ or [], _open(store, database, verbose), runner)
+    run_config(config, set_ or [], open_store(store, database, verbose), runner)
 
 
 @app.command()
@@ -82,7 +66,7 @@ def resume(
     """Go on with a ladder that was stopped, killed, or failed."""
     from .commands import resume_run
 
-    resume_run(run, _open(store, database, verbose), runner)
+    resume_run(run, open_store(store, database, verbose), runner)
 
 
 @app.command()
@@ -96,7 +80,7 @@ def plan(
     """Show a ladder's stages, their keys and teachers, and which are done. Runs nothing."""
     from .commands import show_plan
 
-    show_plan(config, set_ or [], _open(store, database, verbose))
+    show_plan(config, set_ or [], open_store(store, database, verbose))
 
 
 @app.command("list")
@@ -108,7 +92,7 @@ def list_(
     """List the ladders in the store with their state."""
     from .commands import list_runs
 
-    list_runs(_open(store, database, verbose))
+    list_runs(open_store(store, database, verbose))
 
 
 @app.command()
@@ -130,7 +114,7 @@ def report(
     """Print or write the accuracy table of one ladder or several, finished or not."""
     from .commands import show_report
 
-    show_report(runs or [], format_, out, _open(store, database, verbose))
+    show_report(runs or [], format_, out, open_store(store, database, verbose))
 
 
 @app.command()
@@ -195,12 +179,23 @@ def study(
     from .study_run import StudyRun, run_study, show_study
 
     asked = StudyRun(config, tuple(set_ or ()), runner, workers, address)
-    (show_study if report_only else run_study)(asked, _open(store, database, verbose))
+    (show_study if report_only else run_study)(asked, open_store(store, database, verbose))
 
 
 @app.command()
 def evaluate(
-    run: RunArgument = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN|FILE]",
+            help="A run's id, a prefix or its name, default: newest; or a packed, ONNX or "
+            "OpenVINO file.",
+        ),
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="For a FILE: a config that names the data.")
+    ] = None,
+    set_: SetOption = None,
     stage: Annotated[
         str | None, typer.Option(help="One stage; default: all that are done.")
     ] = None,
@@ -208,10 +203,23 @@ def evaluate(
     database: DatabaseOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Measure accuracy now, and show each layer's scale, clip range and levels used."""
-    from .commands import evaluate_run
+    """Measure accuracy now, and show each layer's scale, clip range and levels used.
 
-    evaluate_run(run, stage, _open(store, database, verbose))
+    bitladder evaluate digits --stage w4a4
+    bitladder evaluate w4a4.onnx --config digits
+    """
+    from .check_commands import evaluate_file, evaluate_run
+
+    if run is not None and Path(run).is_file():
+        quiet(verbose)
+        evaluate_file(Path(run), config, set_ or [])
+    else:
+        evaluate_run(run, stage, open_store(store, database, verbose))
+
+
+app.command()(shipping.export)
+app.command()(shipping.predict)
+app.command()(shipping.bench)
 
 
 @app.command()
@@ -244,7 +252,7 @@ def profile(
     """
     from .profile_command import profile_config
 
-    _quiet(verbose)
+    quiet(verbose)
     profile_config(config, set_ or [], stage, steps)
 
 
@@ -257,10 +265,14 @@ def verify(
     database: DatabaseOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Check every recorded file against its checksum. Exit code 1 if one differs."""
-    from .commands import verify_store
+    """Check every recorded file against its checksum. Exit code 1 if one differs.
 
-    verify_store(run, _open(store, database, verbose))
+    With a RUN also its networks: each packed file against its checkpoint, the
+    exported ones against it, and their accuracies, measured again.
+    """
+    from .check_commands import verify_store
+
+    verify_store(run, open_store(store, database, verbose))
 
 
 @app.command()
@@ -277,7 +289,7 @@ def components(
     """List every quantizer, model, data set, loss and config with its options and source."""
     from .components import show_components
 
-    _quiet(False)
+    quiet(False)
     show_components(kind, name, format_)
 
 
@@ -291,20 +303,7 @@ def clean(
     """Remove stages that no ladder refers to, damaged ones, and old checkpoints."""
     from .commands import clean_store
 
-    clean_store(_open(store, database, verbose), yes=yes)
-
-
-def _open(root: Path, database: str | None, verbose: bool):  # type: ignore[no-untyped-def]
-    from ..pipeline.store import Store
-
-    _quiet(verbose)
-    return Store(root, url=database)
-
-
-def _quiet(verbose: bool) -> None:
-    """Warnings of ours go to stderr; with --verbose everything of ours does."""
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", level=logging.WARNING)
-    logging.getLogger("bitladder").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    clean_store(open_store(store, database, verbose), yes=yes)
 
 
 def main() -> None:

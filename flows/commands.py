@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..pipeline.auto_ladder import is_over
-from ..pipeline.errors import ConfigError, StoreError
+from ..pipeline.errors import ConfigError
 from ..pipeline.record import CHECKPOINT
 from ..pipeline.run import Run
 from ..pipeline.store import Store
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     from ..pipeline.spec import Plan
 
 # what a terminal too narrow for the report does without, the first one first
-_DISPENSABLE = ("Gbitops", "epochs", "size kB", "seconds", "val %", "levels", "teacher", "model")
+_DISPENSABLE = (
+    *("Gbitops", "epochs", "ratio", "seconds", "val %", "levels", "size kB", "packed %"),
+    *("teacher", "model"),
+)
 
 
 def run_config(source: str, overrides: Sequence[str], store: Store, runner: str) -> None:
@@ -66,7 +70,7 @@ def _whole(store: Store, run: Run) -> bool:
     """Whether the stages of a finished ladder are undamaged and its reports were written."""
     from ..pipeline.report import reports_current
 
-    damaged = any(store.problem(str(stage["key"])) for stage in run.stages)
+    damaged = any(store.problem(key) for key in (*run.trained, *run.packed))
     return not damaged and reports_current(store, run)
 
 
@@ -143,7 +147,7 @@ def list_runs(store: Store) -> None:
 def _runs(runs: Sequence[Run], store: Store) -> Table:
     table = table_of(("run", "state", "done", "data", "model", "seed", "created"))
     for run in runs:
-        states = [store.state(str(s["key"]))[0] for s in run.stages]
+        states = [store.state(key)[0] for key in run.trained]
         state = _state(store, run)
         table.add_row(
             run.run,
@@ -175,7 +179,7 @@ def _studies(studies: Sequence[StudyRecord], store: Store) -> Table:
 
 def _state(store: Store, run: Run) -> str:
     """A ladder's state: the worst of its stages'."""
-    states = {store.state(str(stage["key"]))[0] for stage in run.stages}
+    states = {store.state(key)[0] for key in (*run.trained, *run.packed)}
     for state in ("running", "failed", "interrupted"):
         if state in states:
             return state
@@ -247,93 +251,14 @@ def _report_table(shown: Any) -> Table:
 
 def print_files(store: Store, run: Run) -> None:
     """Where everything lies."""
-    for stage in run.stages:
-        record = store.read(str(stage["key"]))
+    for key in chain.from_iterable(zip(run.trained, run.packed, strict=True)):
+        record = store.read(key)
         for name in record.files if record else ():
-            print(store.stages / str(stage["key"]) / name)
+            print(store.stages / key / name)
     for path in sorted((store.reports / run.run).glob("[!.]*")):
         print(path)
     if (database := store.root / "results.db").exists():
         print(database)
-
-
-def evaluate_run(name: str | None, stage: str | None, store: Store) -> None:
-    """`bitladder evaluate`."""
-    from ..pipeline.evaluate_stage import evaluate_stage
-
-    run = store.run(name)
-    names = [str(s["name"]) for s in run.stages]
-    if stage is not None and stage not in names:
-        raise ConfigError([f"no stage {stage!r} in {run.run}; there are: {', '.join(names)}"])
-    found, damaged = False, []
-    for planned in run.stages:
-        if stage not in (None, planned["name"]):
-            continue
-        key = str(planned["key"])
-        record = store.find(key)
-        if record is None:
-            if (store.stages / key).is_dir():
-                damaged.append(f"{planned['name']} is not used: {store.problem(key)}")
-            continue
-        found = True
-        result = evaluate_stage(store, run, record)
-        recorded = record.metrics["test_top1"]
-        print(
-            f"{planned['name']}: test top-1 {100 * result.accuracy.top1:.2f} % "
-            f"(recorded {100 * recorded:.2f} %), top-5 {100 * result.accuracy.top5:.2f} %, "
-            f"{result.accuracy.images} images"
-        )
-        if result.layers:
-            print_table(_layers(result.layers))
-    if damaged:
-        way_out = f"redo it with: {resume_command(store, run.run)}"
-        raise StoreError("\n".join([*damaged, way_out]), exit_code=1)
-    if not found:
-        raise StoreError(f"{stage or 'no stage'} of {run.run} is {'not ' if stage else ''}done yet")
-
-
-def _layers(layers: Sequence[dict[str, Any]]) -> Table:
-    numbers = ("bits", "scale", "clip range", "levels", "clipped %")
-    table = table_of(("layer", "of", "quantizer", *numbers), right=numbers)
-    for layer in layers:
-        for half in ("weight", "activation"):
-            if layer[f"{half}_bits"] is None:
-                continue
-            table.add_row(
-                layer["layer"],
-                half,
-                layer[f"{half}_quantizer"],
-                str(layer[f"{half}_bits"]),
-                f"{layer[f'{half}_scale']:.4g}",
-                f"{layer[f'{half}_low']:.3g} .. {layer[f'{half}_high']:.3g}",
-                str(layer[f"{half}_levels"]),
-                f"{100 * layer[f'{half}_clipped']:.2f}",
-            )
-    return table
-
-
-def verify_store(name: str | None, store: Store) -> None:
-    """`bitladder verify`."""
-    keys = [str(s["key"]) for s in store.run(name).stages] if name else store.keys()
-    if not keys and not store.root.is_dir():
-        raise StoreError(f"there is no store {store.root}")
-    bad = files = stages = 0
-    for key in keys:
-        if not (store.stages / key).is_dir():
-            print(f"{key}: not done")
-            continue
-        stages += 1
-        problem = store.problem(key)
-        if problem is None:
-            record = store.read(key)
-            files += len(record.files) if record else 0
-            continue
-        bad += 1
-        print(f"{key}: {problem}")
-    print(f"{stages} stages, {files} files match their checksums; {bad} damaged")
-    if bad:
-        print("damaged stages are never used; redo them with: bitladder run or bitladder resume")
-        sys.exit(1)
 
 
 def clean_store(store: Store, *, yes: bool) -> None:
@@ -361,7 +286,7 @@ def _removable(store: Store) -> list[tuple[Path, str]]:
     if not store.stages.is_dir():
         return []
     found = [(path, "half written by a process that was killed") for path in store.leftovers()]
-    used = {str(stage["key"]) for run in store.runs() for stage in run.stages}
+    used = {key for run in store.runs() for key in (*run.trained, *run.packed)}
     used |= {key for study in study_records(store) for key in study.keys}
     if store.damaged_runs() or damaged_studies(store):  # whose stages would seem to be nobody's
         used |= {path.name.partition(".")[0] for path in store.stages.iterdir()}

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..quant.metrics import layer_report
+from .config import RunConfig
 from .config_load import parse_config
+from .errors import ConfigError
 from .evaluate import Accuracy, evaluate
+from .exported import open_export
 from .fit import EVALUATION_BATCH
 from .machine import choose_device
 from .network import load_network
 from .record import StageRecord
 from .run import Run
 from .runner import load_data
+from .runtimes import open_packed
 from .store import Store
 
 
@@ -26,6 +31,34 @@ class Measured:
 
     accuracy: Accuracy
     layers: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """Accuracy of a file on the test split."""
+
+    top1: float
+    images: int
+
+
+def evaluate_shipped(file: Path, config: RunConfig) -> Shipped:
+    """A packed, ONNX or OpenVINO file on the test split of a config's data.
+
+    Raises:
+        ConfigError: the file cannot be used, or the data are not there or of another shape.
+    """
+    data = load_data(config.data.name, json.dumps(config.data.options, sort_keys=True))
+    form = {".onnx": "onnx", ".xml": "openvino"}.get(file.suffix)
+    opened = open_export(form, file) if form else open_packed(file, trust={config.model.name})
+    right = images = 0
+    try:
+        for x, targets in data.test.evaluation_batches(EVALUATION_BATCH, device="cpu"):
+            right += int((opened(x).argmax(1) == targets).sum())
+            images += len(targets)
+    except Exception as error:  # each runtime has its own for images of another shape
+        message = f"{file} does not take the images of {config.data.name}: {error}"
+        raise ConfigError([message]) from None
+    return Shipped(right / images, images)
 
 
 def evaluate_stage(store: Store, run: Run, record: StageRecord) -> Measured:

@@ -1,0 +1,202 @@
+"""`bitladder export`, `predict` and `bench`: the files to ship, and what they do."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..pipeline.derived import bench_spec, export_spec
+from ..pipeline.errors import ConfigError, StoreError
+from ..pipeline.record import StageRecord
+from ..pipeline.run import Run
+from ..pipeline.store import Store
+from .resume_command import resume_command
+from .tables import print_table, table_of
+
+
+def export_run(
+    name: str | None,
+    stage: str | None,
+    form: str,
+    batch: int | None,
+    narrow: bool,
+    out: Path | None,
+    force: bool,
+    store: Store,
+) -> None:
+    """`bitladder export`."""
+    from ..pipeline.derive import derive
+
+    if batch is not None and form != "openvino":
+        raise ConfigError([f"--batch is for --format openvino; {form} takes any"])
+    if narrow and form != "onnx":
+        raise ConfigError([f"--narrow is for --format onnx, not {form}"])
+    run = store.run(name)
+    packed = _packed(run, stage, store)
+    _check_out(out, force, several=len(packed) > 1)
+    rows = []
+    for rung, record in packed.items():
+        made = record
+        if form != "packed":
+            made = derive(
+                run, rung, export_spec(record.key, form, batch=batch, narrow=narrow), store
+            )
+        target = _delivered(store, made, rung, out, several=len(packed) > 1)
+        rows.append((rung, made, target))
+    table = table_of(("stage", "kB", "test %", "file"), right=("kB", "test %"))
+    for rung, made, target in rows:
+        size = made.metrics.get("export_bytes", made.metrics.get("packed_bytes"))
+        top1 = made.metrics.get("export_top1", made.metrics.get("deployed_top1"))
+        table.add_row(rung, f"{size / 1e3:.1f}", f"{100 * top1:.2f}", str(target))
+    print_table(table)
+
+
+def _packed(run: Run, stage: str | None, store: Store) -> dict[str, StageRecord]:
+    """The packed networks of a run, or of one stage of it, by stage.
+
+    Raises:
+        ConfigError: there is no such stage.
+        StoreError: one is not packed yet.
+    """
+    names = [str(s["name"]) for s in run.stages]
+    if stage is not None and stage not in names:
+        raise ConfigError([f"no stage {stage!r} in {run.run}; there are: {', '.join(names)}"])
+    found = {}
+    for name, key in zip(names, run.packed, strict=True):
+        record = store.find(key) if stage in (None, name) else None
+        if record is not None:
+            found[name] = record
+        elif stage in (None, name):
+            raise StoreError(
+                f"{name} of {run.run} is not packed yet; go on with: "
+                f"{resume_command(store, run.run)}"
+            )
+    return found
+
+
+def _check_out(out: Path | None, force: bool, *, several: bool) -> None:
+    if out is None or force:
+        return
+    if out.exists() and not (several and out.is_dir() and not any(out.iterdir())):
+        raise ConfigError([f"--out {out} exists already; give another name, or --force"])
+
+
+def _delivered(
+    store: Store, made: StageRecord, rung: str, out: Path | None, *, several: bool
+) -> Path:
+    """Where the main file is to be found; copied where the user wants it."""
+    folder = store.stages / made.key
+    names = sorted(made.files, key=lambda name: name.endswith(".bin"))
+    if out is None:
+        return folder / names[0]
+    try:
+        first = out
+        for name in names:
+            suffix = "".join(Path(name).suffixes[-1:])
+            target = (out / f"{rung}{suffix}") if several else out.with_suffix(suffix)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_name(f".{target.name}.part")
+            shutil.copyfile(folder / name, part)
+            part.replace(target)
+            first = target if name == names[0] else first
+    except OSError as error:
+        raise ConfigError([f"--out {out}: {error.strerror or error}"]) from None
+    return first
+
+
+def predict_images(file: Path, images: Sequence[Path], top: int, trust: Collection[str]) -> None:
+    """`bitladder predict`."""
+    from ..pipeline.predict import predict
+
+    table = table_of(("image", *(f"class {n}" for n in range(1, top + 1))))
+    for found in predict(file, images, top=top, trust=trust):
+        table.add_row(
+            str(found.image), *(f"{name} {100 * share:.1f} %" for name, share in found.classes)
+        )
+    print_table(table)
+
+
+def bench_networks(
+    asked: Sequence[str],
+    batches: Sequence[int],
+    threads: int | None,
+    trust: Collection[str],
+    store: Store,
+) -> None:
+    """`bitladder bench`: files are timed, ladders are timed and that is recorded."""
+    import torch
+
+    from ..pipeline.machine import describe
+    from ..pipeline.report import speed_row
+
+    count = threads or torch.get_num_threads()
+    facts = describe(torch.device("cpu"))
+    table = table_of(
+        (
+            "network",
+            "runtime",
+            "batch",
+            "ms",
+            "10-90 %",
+            "images/s",
+            "FP32 ms",
+            "times",
+            "layers in",
+        ),
+        right=("batch", "ms", "10-90 %", "images/s", "FP32 ms", "times"),
+    )
+    with Console(stderr=True).status("") as status:
+        for one in asked:
+            if Path(one).is_file():
+                rows = _bench_file(Path(one), batches, count, trust, status.update)
+            else:
+                machine = str(facts["device_name"])
+                rows = _bench_run(store.run(one), batches, count, machine, store, status.update)
+            for name, speed in rows:
+                table.add_row(name, *speed_row(speed).values())
+    print_table(table)
+    print(f"{facts['device_name']}, {count} threads, torch {facts['torch']}")
+
+
+def _bench_file(
+    file: Path,
+    batches: Sequence[int],
+    threads: int,
+    trust: Collection[str],
+    say: Callable[[str], None],
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    import torch
+
+    from ..pipeline.bench import bench
+    from ..pipeline.packed_file import read_packed
+
+    torch.set_num_threads(threads)
+    packed = read_packed(file, trust=trust)
+
+    def tell(done: int, all_: int) -> None:
+        say(f"{file.name}: round {done} of {all_}")
+
+    for speed in bench(packed, batches=batches, after_round=tell):
+        yield file.name, asdict(speed)
+
+
+def _bench_run(
+    run: Run,
+    batches: Sequence[int],
+    threads: int,
+    machine: str,
+    store: Store,
+    say: Callable[[str], None],
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    from ..pipeline.derive import derive
+
+    for rung, record in _packed(run, None, store).items():
+        say(f"{run.run}, {rung}")
+        made = derive(run, rung, bench_spec(record.key, machine, threads, batches), store)
+        for speed in made.metrics["speeds"]:
+            yield rung, speed
