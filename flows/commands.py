@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..pipeline.auto_ladder import is_over
+from ..pipeline.derived import differs_too_much
 from ..pipeline.errors import ConfigError
 from ..pipeline.record import CHECKPOINT
 from ..pipeline.run import Run
@@ -96,6 +97,19 @@ def _run(config: Any, store: Store, runner: str) -> None:
         run = launch(config, store, runner=runner, listener=listener)
     print_frame(accuracy_report(store, run), store)
     print_files(store, run)
+    if unlike := _unlike_training(store, run):
+        print("\n".join(unlike), file=sys.stderr)
+        sys.exit(1)
+
+
+def _unlike_training(store: Store, run: Run) -> list[str]:
+    """The packed networks that classify too many images otherwise than those that were trained."""
+    problems = []
+    for stage, key in zip(run.stages, run.packed, strict=True):
+        record = store.read(key)
+        if record is not None and (problem := differs_too_much(record.metrics)):
+            problems.append(f"{stage['name']}: {problem}; its weights are kept")
+    return problems
 
 
 def show_plan(source: str, overrides: Sequence[str], store: Store) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .auto_plan import plan_so_far
 from .config_load import parse_config
 from .events import Event
 from .interruption import Interruption
@@ -22,7 +23,7 @@ def derive(run: Run, name: str, spec: StageSpec, store: Store) -> StageRecord:
         StageError: it failed.
         Interrupted: a stop was asked for.
     """
-    config = parse_config(run.config)
+    config = plan_so_far(parse_config(run.config), store.read).config  # with the rungs of `auto`
     position = next(i for i, stage in enumerate(run.stages) if stage["name"] == name)
     trained = StageSpec.from_dict(run.stages[position]["spec"])
     stage = PlannedStage(name, position, trained, teacher=None, parent=None)

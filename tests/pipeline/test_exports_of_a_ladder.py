@@ -37,6 +37,15 @@ def test_an_export_is_a_stage_with_its_own_accuracy(shipped, form):
     assert derive(run, "w4a8", spec, store) == record  # found, not made again
 
 
+def test_rungs_of_an_automatic_ladder_are_exported_too(tiny, run, store):
+    auto = {"weight_bits": 4, "activation_bits": 4, "budget": 1.0, "step_budget": 1.0}
+    run(tiny(ladder="auto", auto=auto, train={"epochs": 1, "calibration_batches": 2}), store)
+    found = store.run()
+    assert [stage["name"] for stage in found.stages] == ["fp32", "w8a8", "w4a4"]
+    record = derive(found, "w4a4", export_spec(packed_key(found, "w4a4"), "onnx"), store)
+    assert record.metrics["export_flips"] == 0
+
+
 def test_a_file_that_classifies_otherwise_gets_no_name(shipped, monkeypatch):
     store, run = shipped
     always_the_first = -torch.arange(10.0)

@@ -1,0 +1,139 @@
+"""`bitladder export`, `predict`, `bench`, `verify RUN` and `evaluate FILE`, as they are typed."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from bitladder.flows import commands
+from bitladder.pipeline import derived
+from bitladder.pipeline.config_load import parse_config
+from bitladder.pipeline.runner import open_ladder, run_ladder
+from bitladder.pipeline.store import Store
+from PIL import Image
+
+LADDER = {
+    "name": "tiny",
+    "data": {"name": "digits", "batch_size": 128},
+    "model": {"name": "tiny_convnet"},
+    "train": {"epochs": 1, "calibration_batches": 2},
+    "runtime": {"threads": 1},
+    "ladder": [
+        {"weight_bits": 32, "activation_bits": 32},
+        {"weight_bits": 4, "activation_bits": 4},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def shipped_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shipped")
+    run_ladder(open_ladder(parse_config(LADDER), folder / "artifacts"))
+    return folder
+
+
+@pytest.fixture
+def store(shipped_once, tmp_path, monkeypatch):
+    """The store of a finished ladder, in the current folder."""
+    shutil.copytree(shipped_once, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(yaml.safe_dump(LADDER))
+    return Store("artifacts")
+
+
+def test_export_copies_one_rung_to_a_file_and_all_to_a_folder(bitladder, store):
+    code, out, _ = bitladder("export", "tiny", "--stage", "w4a4", "--out", "w4a4.safetensors")
+    assert code == 0
+    packed = store.stages / store.run().packed[1] / "packed.safetensors"
+    assert Path("w4a4.safetensors").read_bytes() == packed.read_bytes()
+    code, out, _ = bitladder("export", "tiny", "-f", "openvino", "--out", "shipped")
+    assert code == 0
+    assert sorted(path.name for path in Path("shipped").iterdir()) == [
+        *("fp32.bin", "fp32.xml", "w4a4.bin", "w4a4.xml"),
+    ]
+    assert "shipped/w4a4.xml" in out
+
+
+def test_an_output_that_exists_is_kept(bitladder, store):
+    Path("mine.onnx").write_text("mine")
+    words = ("export", "tiny", "--stage", "w4a4", "-f", "onnx", "--out", "mine.onnx")
+    code, _, err = bitladder(*words)
+    assert code == 2
+    assert "--force" in err
+    assert Path("mine.onnx").read_text() == "mine"
+    assert bitladder(*words, "--force")[0] == 0
+    assert Path("mine.onnx").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--stage", "w2a2"), "there are: fp32, w4a4"),
+        (("--batch", "2"), "--batch is for --format openvino"),
+        (("--narrow",), "--narrow is for --format onnx"),
+        (("-f", "openvino", "--stage", "w4a4", "--batch", "2"), "no layer is binary"),
+    ],
+)
+def test_what_cannot_be_exported_is_said(bitladder, store, words, says):
+    code, _, err = bitladder("export", "tiny", *words)
+    assert code in (1, 2)
+    assert says in err
+
+
+def test_a_file_is_evaluated_on_the_data_of_a_config(bitladder, store):
+    bitladder("export", "tiny", "--stage", "w4a4", "-f", "onnx", "--out", "w4a4.onnx")
+    code, out, _ = bitladder("evaluate", "w4a4.onnx", "--config", "tiny.yaml")
+    assert code == 0
+    recorded = store.read(store.run().packed[1]).metrics["deployed_top1"]
+    assert f"test top-1 {100 * recorded:.2f} %, 360 images" in out
+    code, _, err = bitladder("evaluate", "w4a4.onnx")
+    assert code == 2
+    assert "--config" in err
+
+
+def test_verify_measures_the_networks_of_a_run_again(bitladder, store):
+    bitladder("export", "tiny", "--stage", "w4a4", "-f", "onnx")
+    code, out, _ = bitladder("verify", "tiny")
+    assert code == 0
+    assert out.count(": ok") == 5  # two packed files, two accuracies, one export
+    assert "w4a4: onnx file against the packed file: ok" in out
+
+
+def test_verify_finds_a_packed_file_of_another_network(bitladder, store):
+    ours, theirs = (store.stages / key for key in store.run().packed)
+    shutil.copy(theirs / "packed.safetensors", ours / "packed.safetensors")
+    code, out, _ = bitladder("verify", "tiny")
+    assert code == 1
+    assert "does not match its checksum" in out
+
+
+def test_predict_prints_a_line_an_image(bitladder, store):
+    Path("images").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("L", (8, 8), 100).save(Path("images") / name)
+    packed = store.stages / store.run().packed[1] / "packed.safetensors"
+    code, out, _ = bitladder("predict", packed, "images", "--top", "2")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["images/a.png", "images/b.png"]
+    code, _, err = bitladder("predict", packed, "none.png")
+    assert code == 2
+    assert "none.png: no such file" in err
+
+
+def test_bench_of_a_ladder_is_recorded_and_in_the_report(bitladder, store):
+    code, out, _ = bitladder("bench", "tiny", "--batch", "1", "--threads", "1")
+    assert code == 0
+    assert out.count("openvino") == 2
+    _, page, _ = bitladder("report", "-f", "markdown")
+    assert "| w4a4" in page
+    assert "onnxruntime" in page
+    assert "onnxruntime" in bitladder("report", "-f", "html")[1]
+
+
+def test_a_packed_network_unlike_its_training_ends_a_run_with_1(bitladder, store, monkeypatch):
+    monkeypatch.setattr(derived, "MOST_FLIPS", -1.0)
+    assert commands.differs_too_much is derived.differs_too_much
+    code, out, err = bitladder("run", "tiny.yaml")
+    assert code == 1
+    assert "w4a4: the packed network classifies 0 of 360 test images otherwise" in err
+    assert "w4a4: the packed network" in out  # marked in the table
