@@ -38,12 +38,25 @@ def layer_report(model: nn.Module, batches: Iterable[Any]) -> list[dict[str, Any
 
 
 def bit_operations(found: Probe, plan: Mapping[str, LayerPlan]) -> int:
-    """Sum of MACs * weight bits * input bits for one sample; float counts as 32 bits."""
-    total = 0
+    """Sum of MACs * weight bits * input bits for one sample; float counts as 32 bits.
+
+    Source: qonnx' `inference_cost`, without its discount for weights that are zero.
+    """
+    return sum(row["bitops"] for row in layer_costs(found, plan))
+
+
+def layer_costs(found: Probe, plan: Mapping[str, LayerPlan]) -> list[dict[str, Any]]:
+    """A row for each layer that can be quantized, in order of execution, for one sample.
+
+    Keys: layer, weight_bits, activation_bits, macs, bitops (see `bit_operations`).
+    """
+    rows = []
     for name, facts in found.layers.items():
         layer = plan.get(name, LayerPlan())
-        total += facts.macs * layer.weight_bits * layer.activation_bits
-    return total
+        bits = {"weight_bits": layer.weight_bits, "activation_bits": layer.activation_bits}
+        bitops = facts.macs * layer.weight_bits * layer.activation_bits
+        rows.append({"layer": name, **bits, "macs": facts.macs, "bitops": bitops})
+    return rows
 
 
 @torch.no_grad()

@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ...quant.metrics import layer_costs
+from ...quant.policy import plan_from_dict
+from ...quant.probing import probe
 from ...quant.swap import float_state_dict
 from ..errors import StageError
 from ..fit import EVALUATION_BATCH
-from ..network import load_network
-from ..packed_file import PackedImages, read_packed, write_packed
+from ..network import build_network, load_network
+from ..packed_file import PackedImages, read_packed, tensors_of, write_packed
 from ..record import PACKED, StageRecord
 from .base import STAGES, StageContext, StageOutput
 
@@ -53,8 +56,25 @@ def pack(context: StageContext) -> StageOutput:
         "packed_bytes": size,
         "compression": float_bytes / size,
         "float_bytes": float_bytes,
+        "parameters": sum(p.numel() for p in build_network(record.network, seed=0).parameters()),
+        "layers": _costs(record, tensors_of(path), context),
     }
     return StageOutput((PACKED,), record.network, metrics)
+
+
+def _costs(
+    record: StageRecord, tensors: Mapping[str, Tensor], context: StageContext
+) -> list[dict[str, Any]]:
+    """What each layer costs: operations, and the bytes of its weight in the file."""
+    images = next(iter(context.data.test.evaluation_batches(2, device="cpu")))
+    found = probe(build_network(record.network, seed=0), [images])
+    rows = layer_costs(found, plan_from_dict(record.network.get("quantization") or {}))
+    for row in rows:
+        name = row["layer"]
+        parts = [f"{name}.codes", f"{name}.scale", f"{name}.codebook", f"{name}.weight"]
+        stored = [tensors[part] for part in (*parts, f"{name}.layer.weight") if part in tensors]
+        row["weight_bytes"] = sum(t.numel() * t.element_size() for t in stored)
+    return rows
 
 
 def _made(record: StageRecord) -> dict[str, Any]:

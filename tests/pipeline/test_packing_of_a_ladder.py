@@ -62,6 +62,19 @@ def test_the_table_has_size_and_accuracy_of_the_files(shipped):
     assert table["compression"].is_monotonic_increasing
 
 
+def test_what_each_layer_costs_adds_up_to_the_table(shipped):
+    store, records, _ = shipped
+    for record in records:
+        found = store.find(pack_spec(record.key).key).metrics
+        layers = found["layers"]
+        assert sum(layer["bitops"] for layer in layers) == record.metrics["bitops"]
+        assert all(0 < layer["weight_bytes"] < found["packed_bytes"] for layer in layers)
+    wide, narrow = (store.find(pack_spec(records[i].key).key).metrics for i in (0, 2))
+    assert wide["parameters"] == narrow["parameters"]
+    inner = [next(r for r in m["layers"] if r["layer"] == "conv2") for m in (wide, narrow)]
+    assert inner[0]["weight_bytes"] > 25 * inner[1]["weight_bytes"]  # float32 and one bit
+
+
 def test_a_packing_that_is_gone_is_done_again_without_training(shipped, tiny, tmp_path, events):
     store, _, files = shipped
     before = files[1].read_bytes()
