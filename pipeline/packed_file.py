@@ -180,7 +180,7 @@ def read_packed(path: Path, *, trust: Collection[str] = ()) -> PackedModel:
             raise ValueError("it does not match its checksum")
         _check_source(description, trust)
         model, weights = _rebuild(description, tensors, path.stat().st_size)
-    except (ValueError, TypeError, SafetensorError, OSError) as error:
+    except (ValueError, TypeError, ArithmeticError, SafetensorError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ConfigError([f"{path}: {reason}"]) from None
     return PackedModel(model, weights, description, stored)
@@ -286,7 +286,7 @@ def _rebuild(
     shape: dict[str, Any] = network.model_dump(exclude={"source"})
     try:
         empty = build_model(**shape, device="meta")
-    except RuntimeError as error:  # sizes that no tensor has
+    except Exception as error:  # options of any kind go to code of any kind
         raise ValueError(f"its network cannot be built: {error}") from None
     claimed = sum(p.numel() for p in (*empty.parameters(), *empty.buffers()))
     claimed += sum(one.channels for one in description.quantizers)
