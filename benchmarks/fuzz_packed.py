@@ -51,6 +51,10 @@ STRANGE: tuple[Any, ...] = (
 )
 
 
+class TooSlow(BaseException):
+    """A file took too long; no error that the loader could take for its own."""
+
+
 def main() -> None:
     """Loads the files; exits 1 where one does what it must not."""
     args = parse_arguments()
@@ -183,7 +187,7 @@ def outcome(file: Path) -> str:
         # of the message only what kind it is
         text = str(error).removeprefix(f"{file}: ")
         return f"refused: {''.join(c for c in text.split(':')[0] if not c.isdigit())[:50]}"
-    except TimeoutError:
+    except TooSlow:
         return "HUNG"
     except BaseException as error:
         return f"CRASHED with {type(error).__name__}: {error}"
@@ -206,7 +210,7 @@ def memory() -> float:
 
 
 def _too_slow(*_: Any) -> None:
-    raise TimeoutError
+    raise TooSlow
 
 
 def parse_arguments() -> argparse.Namespace:

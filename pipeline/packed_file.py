@@ -12,10 +12,10 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import JsonValue, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from .files import write_atomic
 from .network import in_fastest_format
 
 _ENTRY = "bitladder"  # a second one would come in any order, and the bytes would differ
+Width = Annotated[int, Field(ge=1, le=16)]  # quantizers compute 2**bits before they look at it
 CODES_PER_BYTE = 8  # at one bit: no network has more weights than that in a file
 
 
@@ -54,16 +55,16 @@ class PackedQuantizer(Section):
     quantizer: str
     version: int
     options: dict[str, JsonValue]
-    bits: int
+    bits: Width
     signed: bool
-    channels: int
-    axis: int
+    channels: Annotated[int, Field(ge=1)]
+    axis: Literal[1, -1]
 
 
 class PackedCoding(Section):
     """How the codes of a weight become values."""
 
-    bits: int
+    bits: Width
     num_levels: int
     zero_point: float
     channel_axis: int | None = None
