@@ -29,7 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Take an image classifier down a ladder of bit widths, FP32 -> 8 -> 4 -> 2 -> 1. Each "
     "rung starts from the rung above and is distilled by it.\n\n"
-    "Begin with [bold]bitladder run digits[/bold]: five rungs in about a minute on a CPU.",
+    "Begin with [bold]bitladder run digits[/bold]: five rungs in 75 seconds on two cores.",
 )
 
 
