@@ -87,10 +87,12 @@ def open_openvino(file: Path, *, threads: int) -> Opened:
     Raises:
         ConfigError: OpenVINO is not installed, or refuses the file.
     """
-    openvino = needed("openvino")
+    needed("openvino")
+    from ..quant.export.openvino_ir import the_core
+
+    core = the_core()
     hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
     try:
-        core = openvino.Core()
         compiled = core.compile_model(core.read_model(file), "CPU", hints)
     except Exception as error:
         raise ConfigError([f"{file}: OpenVINO refuses it: {error}"]) from None

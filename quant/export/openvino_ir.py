@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,17 @@ from openvino.utils import replace_node
 from .onnx_qdq import BinaryLayer, OnnxGraph
 
 
+@cache
+def the_core() -> ov.Core:
+    """OpenVINO's core, the only one of this process, and never given up.
+
+    Its CPU plugin puts the thread on a signal stack of its own and takes that down with the core.
+    Of two cores that end in the order in which they began, the second gives the thread the freed
+    stack of the first, and the next signal, a Ctrl-C for one, is a segmentation fault (2026.4).
+    """
+    return ov.Core()
+
+
 def openvino_model(graph: OnnxGraph, *, batch: int | None = None) -> ov.Model:
     """The network as an OpenVINO model.
 
@@ -21,7 +33,7 @@ def openvino_model(graph: OnnxGraph, *, batch: int | None = None) -> ov.Model:
         batch: images at a time. With it the binary layers run on bits, which takes a fixed
             batch; without, they run in float and any batch goes.
     """
-    model = ov.Core().read_model(graph.model.SerializeToString())
+    model = the_core().read_model(graph.model.SerializeToString())
     if batch is not None:
         image = model.input(0).get_partial_shape()
         model.reshape(ov.PartialShape([batch, *list(image)[1:]]))

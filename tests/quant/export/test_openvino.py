@@ -1,9 +1,12 @@
+import subprocess
+import sys
+
 import openvino
 import pytest
 import torch
 from bitladder.quant.export.canonical import coded_weights, make_canonical
 from bitladder.quant.export.onnx_qdq import onnx_qcdq
-from bitladder.quant.export.openvino_ir import openvino_model
+from bitladder.quant.export.openvino_ir import openvino_model, the_core
 from shipped_networks import images, of_method, quantized
 
 BINARY = [
@@ -24,7 +27,7 @@ def graph_of(model):
 def compiled(model, path):
     """Saved and read again, as a user would have it."""
     openvino.save_model(model, path, compress_to_fp16=False)
-    core = openvino.Core()
+    core = the_core()
     hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     return core.compile_model(core.read_model(path), "CPU", hints)
 
@@ -84,3 +87,27 @@ def test_layers_that_openvino_gets_wrong_stay_in_float(tmp_path):
     # 4 input channels: the first block, and the first layer of the second
     assert sum(name.endswith("u1") for name in kernels(found)) == 3
     agrees(logits(found, images()), model(images()))
+
+
+SIGNALLED = """
+import gc, os, signal, sys
+from pathlib import Path
+from bitladder.pipeline.runtimes import open_openvino
+
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+first = open_openvino(Path(sys.argv[1]), threads=1)
+second = open_openvino(Path(sys.argv[1]), threads=1)
+del first
+gc.collect()
+del second
+gc.collect()
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_signal_after_two_networks_is_handled(tmp_path):
+    graph = graph_of(quantized(4, "lsq"))
+    openvino.save_model(openvino_model(graph), tmp_path / "model.xml")
+    command = [sys.executable, "-c", SIGNALLED, str(tmp_path / "model.xml")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "handled\n"), ended.stderr
