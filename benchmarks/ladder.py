@@ -136,12 +136,12 @@ def bare_ladder(source: str, overrides: list[str]) -> dict[str, Any]:
     from bitladder.pipeline.config_load import load_config
     from bitladder.pipeline.machine import choose_device, keep_freed_memory
     from bitladder.pipeline.plan import make_plan
-    from bitladder.pipeline.runner import load_data
+    from bitladder.pipeline.runner import data_of
     from safetensors.torch import save
 
     config = load_config(source, overrides)
     stages = make_plan(config).stages
-    data = load_data(config.data.name, json.dumps(config.data.options, sort_keys=True))
+    data = data_of(config)
     device = choose_device(config.runtime.device)
     if config.runtime.keep_freed_memory:
         keep_freed_memory()
@@ -181,8 +181,14 @@ def bare_stage(
 
     options, parents = planned.spec.options, planned.spec.parents
     stage, seed, batch_size = config.ladder[planned.position], options["seed"], _batch(options)
-    count = stage.train.calibration_batches
-    calibration = list(data.train.calibration(batch_size, count, seed=seed, device=device))
+    drawn = partial(
+        data.train.calibration,
+        batch_size,
+        seed=seed,
+        augment=stage.train.augment,
+        device=device,
+    )
+    calibration = list(drawn(stage.train.calibration_batches))
     student = build_network(describe_network(options["model"], data), seed=seed)
     parent = trained.get(parents.get("init", ""))
     if parent is not None:
@@ -212,9 +218,7 @@ def bare_stage(
     learner = Learner(student, objective, precision=stage.train.precision).to(device).train()
     bare_loop(learner, teachers, data, stage, facts, batch_size, seed, device)
     if stage.train.epochs and stage.train.batch_norm_batches:
-        count = stage.train.batch_norm_batches
-        again = data.train.calibration(batch_size, count, seed=seed, device=device)
-        reestimate_batch_norm(student, again)
+        reestimate_batch_norm(student, drawn(stage.train.batch_norm_batches))
     return student
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from .machine import choose_device
 from .network import load_network
 from .record import StageRecord
 from .run import Run
-from .runner import load_data
+from .runner import data_of
 from .runtimes import open_packed
 from .store import Store
 
@@ -47,7 +46,7 @@ def evaluate_shipped(file: Path, config: RunConfig) -> Shipped:
     Raises:
         ConfigError: the file cannot be used, or the data are not there or of another shape.
     """
-    data = load_data(config.data.name, json.dumps(config.data.options, sort_keys=True))
+    data = data_of(config)
     form = {".onnx": "onnx", ".xml": "openvino"}.get(file.suffix)
     opened = open_export(form, file) if form else open_packed(file, trust={config.model.name})
     right = images = 0
@@ -72,7 +71,7 @@ def evaluate_stage(store: Store, run: Run, record: StageRecord) -> Measured:
     threads = record.environment.get("threads")
     if threads and device.type == "cpu":
         torch.set_num_threads(threads)  # other sums of partial sums would round otherwise
-    data = load_data(config.data.name, json.dumps(config.data.options, sort_keys=True))
+    data = data_of(config)
     model = load_network(store, record, device)
     accuracy = evaluate(model, data.test.evaluation_batches(EVALUATION_BATCH, device=device))
     stage = record.spec.options["stage"]
@@ -80,6 +79,10 @@ def evaluate_stage(store: Store, run: Run, record: StageRecord) -> Measured:
     if not record.network.get("quantization") or batches is None:
         return Measured(accuracy, [])
     calibration = data.train.calibration(
-        config.data.batch_size, batches, seed=config.seed, device=device
+        config.data.batch_size,
+        batches,
+        seed=config.seed,
+        augment=stage["train"]["augment"],
+        device=device,
     )
     return Measured(accuracy, layer_report(model, calibration))

@@ -82,7 +82,9 @@ def fresh_steps(
     """
     stage, size = config.ladder[position], config.data.batch_size
     calibration = list(
-        data.train.calibration(size, CALIBRATION_BATCHES, seed=config.seed, device=device)
+        data.train.calibration(
+            size, CALIBRATION_BATCHES, seed=config.seed, augment=stage.train.augment, device=device
+        )
     )
     parents = parents_of(config, position)
     above = parents.teachers[-1:] if parents.chooses else parents.teachers

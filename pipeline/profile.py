@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from .config import RunConfig, StageConfig
 from .errors import ConfigError
 from .fresh_steps import endless_batches, fresh_steps
 from .machine import choose_device, describe, keep_freed_memory
-from .runner import check_ladder, load_data
+from .runner import check_ladder, data_of
 from .stopwatch import PARTS, REST, Stopwatch, watched
 
 WARM_UP = 3  # rounds that do not count
@@ -83,7 +82,7 @@ def profile_stage(config: RunConfig, name: str | None = None, *, steps: int = 20
     check_ladder(config)
     config = every_rung(config)
     stage, device = config.ladder[position], _set_up(config)
-    data = load_data(config.data.name, json.dumps(config.data.options, sort_keys=True))
+    data = data_of(config)
     batches = endless_batches(config, stage, data, device)
     made = fresh_steps(config, position, data, device)
     own, number = made.own, int(AT * (made.own.steps - 1))

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -49,8 +50,14 @@ def train(context: StageContext) -> StageOutput:
     seed, batch_size = context.spec.options["seed"], data_batch(context)
     began = time.monotonic()
     network = describe_network(context.spec.options["model"], data)
-    count = stage.train.calibration_batches
-    calibration = list(data.train.calibration(batch_size, count, seed=seed, device=device))
+    drawn = partial(
+        data.train.calibration,
+        batch_size,
+        seed=seed,
+        augment=stage.train.augment,
+        device=device,
+    )
+    calibration = list(drawn(stage.train.calibration_batches))
     student = build_network(network, seed=seed)
     parent = _parent(context)
     if parent is not None:
@@ -93,9 +100,7 @@ def train(context: StageContext) -> StageOutput:
         return StageOutput((), network, {})
     if stage.train.epochs and stage.train.batch_norm_batches:
         log.debug("phase re-estimation of batch norm")
-        count = stage.train.batch_norm_batches
-        again = data.train.calibration(batch_size, count, seed=seed, device=device)
-        reestimate_batch_norm(student, again)
+        reestimate_batch_norm(student, drawn(stage.train.batch_norm_batches))
     write_tensors(context.around.workdir / MODEL, student.state_dict())
     files: tuple[str, ...] = (MODEL, METRICS)
     if features is not None and (learned := features.projections()):

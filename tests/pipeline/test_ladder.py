@@ -8,7 +8,7 @@ from bitladder.pipeline.errors import ConfigError, Interrupted, StageError
 from bitladder.pipeline.files import sha256_of
 from bitladder.pipeline.network import load_network
 from bitladder.pipeline.record import CHECKPOINT, MODEL
-from bitladder.pipeline.runner import open_ladder, run_ladder, run_stage
+from bitladder.pipeline.runner import data_of, open_ladder, run_ladder, run_stage
 from bitladder.pipeline.store import Store
 from bitladder.quant.metrics import max_levels
 from bitladder.quant.swap import quantizers
@@ -31,6 +31,25 @@ def test_a_ladder_trains_every_rung_and_records_it(tiny, store, run, events):
     first, last = (json.loads(line)["train_loss"] for line in lines)
     assert last < first
     assert not list(store.stages.glob("*.part"))
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_statistics_are_those_of_images_as_in_training(tiny, store, run, augment):
+    train = {"epochs": 1, "augment": augment, "batch_norm_batches": 3}
+    config = tiny(train=train, data={"name": "digits", "batch_size": 64, "crop": 3})
+    for record, quantized in zip(run(config, store), (False, True, True), strict=True):
+        model = load_network(store, record, torch.device("cpu"))
+        norm, others = model.bn1, []
+        assert bool(quantizers(model)) == quantized
+        for look in (augment, not augment):
+            batches = data_of(config).train.calibration(
+                64, 3, seed=config.seed, augment=look, device="cpu"
+            )
+            with torch.no_grad():
+                means = [model.conv1(x).mean((0, 2, 3)) for x, _ in batches]
+            others.append(torch.stack(means).mean(0))
+        torch.testing.assert_close(norm.running_mean, others[0])
+        assert not torch.allclose(norm.running_mean, others[1], atol=1e-2)
 
 
 def test_a_second_run_trains_nothing_and_gives_the_same_records(tiny, store, run, events):

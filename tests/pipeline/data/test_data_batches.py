@@ -152,11 +152,16 @@ def test_evaluation_gives_every_sample_once_in_order():
     assert y.tolist() == list(range(17))
 
 
+def calibration(split, batch_size, num_batches, *, seed=0, augment=False):
+    return list(
+        split.calibration(batch_size, num_batches, seed=seed, augment=augment, device="cpu")
+    )
+
+
 def test_calibration_batches_are_distinct_samples_that_the_seed_chooses():
     split = make_split(crop=2, flip=True)
-    first = list(split.calibration(8, 4, seed=0, device="cpu"))
-    again = list(split.calibration(8, 4, seed=0, device="cpu"))
-    other = list(split.calibration(8, 4, seed=1, device="cpu"))
+    first, again = calibration(split, 8, 4), calibration(split, 8, 4)
+    other = calibration(split, 8, 4, seed=1)
     x, y = together(first)
     assert [len(labels) for _, labels in first] == [8, 8, 8, 8]
     assert len(y.unique()) == 32
@@ -165,8 +170,18 @@ def test_calibration_batches_are_distinct_samples_that_the_seed_chooses():
     assert not torch.equal(y, together(other)[1])
 
 
+def test_augmented_calibration_samples_look_as_in_the_first_epoch():
+    split = make_split(crop=2, flip=True)
+    images, labels = together(epoch(split, 8, seed=0, epoch=0))
+    found, chosen = together(calibration(split, 8, 4, augment=True))
+    plain, _ = together(calibration(split, 8, 4))
+    assert not torch.equal(found, plain)
+    place = {label: i for i, label in enumerate(labels.tolist())}
+    assert torch.equal(found, images[[place[label] for label in chosen.tolist()]])
+
+
 def test_calibration_asks_for_no_more_than_there_is():
-    assert [len(y) for _, y in make_split(20).calibration(8, 9, seed=0, device="cpu")] == [8, 8, 4]
+    assert [len(y) for _, y in calibration(make_split(20), 8, 9)] == [8, 8, 4]
 
 
 def test_a_crop_as_large_as_the_image_is_refused():
