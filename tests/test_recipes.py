@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import math
 import pickle
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 
 EMBEDDED = "digits"
 NAMES = list(shipped_configs())
+as_shipped = cache(load_config)  # each check of a config builds its networks
 OF_IMAGENET = [name for name in NAMES if name.startswith("imagenet/")]
 # the others differ from these in the lengths, or in what a rung of their own tests covers
 TRAINED = ["mnist", "cifar10_folder", "apot/chain", "ta/chain", "ta/hop"]
@@ -101,7 +103,7 @@ def _write_images(root, random, *, size, classes, train, test):
 
 def place(name, data):
     """What brings a config to the few images."""
-    config = load_config(name)
+    config = as_shipped(name)
     if config.data.name == EMBEDDED:
         return []
     if config.data.name != "image_folder":
@@ -114,7 +116,7 @@ def place(name, data):
 
 def one_step_a_rung(name):
     """What makes a config train every rung for one epoch of a batch or two."""
-    config = load_config(name)
+    config = as_shipped(name)
     rungs = [f"ladder.{index}.epochs=1" for index in range(len(config.ladder))]
     small = ["train.calibration_batches=1", "train.batch_norm_batches=1", "runtime.threads=1"]
     batch = 1024 if config.data.name == EMBEDDED else 32
@@ -134,20 +136,28 @@ def test_a_recipe_fits_its_network_and_its_data(name, data, tmp_path):
     assert len({stage.key for stage in stages}) == len(ladder.plan.config.ladder)
 
 
-@pytest.mark.parametrize("name", [*OF_IMAGENET, *TRAINED])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("imagenet/resnet18_lsq", marks=pytest.mark.slow),  # the network of the next
+        *(name for name in OF_IMAGENET if name != "imagenet/resnet18_lsq"),
+        *TRAINED,
+    ],
+)
 def test_every_rung_of_a_recipe_trains(name, data, tmp_path):
     overrides = [*place(name, data), *one_step_a_rung(name)]
     records = run_ladder(open_ladder(load_config(name, overrides), Store(tmp_path)))
-    assert len(records) == len(load_config(name).ladder)
+    assert len(records) == len(as_shipped(name).ladder)
     for record in records:
         assert record.metrics["epochs"] == 1
         assert math.isfinite(record.metrics["train_loss"])
         assert record.metrics["test_images"] >= 4
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if load_config(n).data.name == EMBEDDED])
+@pytest.mark.parametrize("name", [n for n in NAMES if as_shipped(n).data.name == EMBEDDED])
 def test_a_recipe_on_embedded_data_plans_as_it_is(name):
-    assert make_plan(load_config(name)).run.startswith(f"{load_config(name).name}-")
+    config = as_shipped(name)
+    assert make_plan(config).run.startswith(f"{config.name}-")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("study/")])
