@@ -38,6 +38,14 @@ ConfigArgument = Annotated[str, typer.Argument(help="A shipped config by name, o
 RunArgument = Annotated[
     str | None, typer.Argument(help="A run's id, a prefix of it, or its name; default: newest.")
 ]
+TrustOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust",
+        help="An import path whose code the file may have run.",
+        metavar="PACKAGE:FACTORY",
+    ),
+]
 DEFAULT_STORE = Path("artifacts")  # as in pipeline.store, which `--help` need not import
 
 

@@ -12,6 +12,7 @@ from .options import (
     DatabaseOption,
     RunArgument,
     StoreOption,
+    TrustOption,
     VerboseOption,
     open_store,
     quiet,
@@ -70,12 +71,7 @@ def predict(
     file: Annotated[Path, typer.Argument(help="A packed or an ONNX file.")],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="So many of the likeliest classes.")] = 1,
-    trust: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="An import path whose code the file may have run.", metavar="PACKAGE:FACTORY"
-        ),
-    ] = None,
+    trust: TrustOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Classify images with a shipped file.
@@ -94,12 +90,7 @@ def bench(
     ],
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Default: 1 and 64.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: as torch has it.")] = None,
-    trust: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="An import path whose code a file may have run.", metavar="PACKAGE:FACTORY"
-        ),
-    ] = None,
+    trust: TrustOption = None,
     store: StoreOption = DEFAULT_STORE,
     database: DatabaseOption = None,
     verbose: VerboseOption = False,

@@ -8,10 +8,11 @@ from typing import Any
 from .spec import StageSpec
 
 PACKED_FORMAT = 1  # of packed files; a higher one was written by a newer Bitladder
+# raised when other bytes or numbers come of the same network
+PACK_RECIPE = 1
 EXPORT_RECIPE = 1
 BENCH_RECIPE = 1
 MOST_FLIPS = 0.002  # of the test split
-PACK_RECIPE = 1  # raised when other bytes or numbers come of the same network
 
 
 def pack_spec(trained: str) -> StageSpec:
@@ -63,10 +64,16 @@ def said_of_packed(metrics: Mapping[str, Any]) -> str:
 
 def differs_too_much(metrics: Mapping[str, Any]) -> str | None:
     """What is wrong where a packed network classifies more images otherwise than it may."""
-    flips, images = metrics["flips"], metrics["test_images"]
+    return too_many_flips(
+        "the packed network", metrics["flips"], metrics["test_images"], "the training network"
+    )
+
+
+def too_many_flips(what: str, flips: int, images: int, reference: str) -> str | None:
+    """What to say where `flips` images of the test split are more than are allowed."""
     if flips <= MOST_FLIPS * images:
         return None
     return (
-        f"the packed network classifies {flips} of {images} test images otherwise than the "
-        f"training network, more than {100 * MOST_FLIPS:g} %"
+        f"{what} classifies {flips} of {images} test images otherwise than {reference}, "
+        f"more than {100 * MOST_FLIPS:g} %"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +20,18 @@ class Accuracy:
     images: int
 
 
-@torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Accuracy:
-    """Runs a model over batches in eval mode and leaves it in the mode it was in.
+    """The `accuracy` of a model in eval mode; it is left in the mode in which it was."""
+    was_training = model.training
+    model.eval()
+    found = accuracy(model, batches)
+    model.train(was_training)
+    return found
+
+
+@torch.inference_mode()
+def accuracy(run: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> Accuracy:
+    """How good that is which turns images into logits.
 
     Args:
         batches: images (N, C, H, W) and class numbers (N,).
@@ -30,18 +39,15 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Accu
     Raises:
         ValueError: there is no batch.
     """
-    was_training = model.training
-    model.eval()
     images, sums = 0, None
     for x, targets in batches:
-        logits = model(x).float()
+        logits = run(x).float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (N, 5)
         right = best == targets.unsqueeze(1)
         loss = F.cross_entropy(logits, targets, reduction="sum")
         batch = torch.stack([loss.double(), right[:, 0].sum().double(), right.sum().double()])
         sums = batch if sums is None else sums + batch
         images += len(targets)
-    model.train(was_training)
     if sums is None:
         raise ValueError("nothing to evaluate: the split is empty")
     loss_sum, top1, top5 = (value / images for value in sums.tolist())

@@ -12,8 +12,8 @@ from ..quant.metrics import layer_report
 from .config import RunConfig
 from .config_load import parse_config
 from .errors import ConfigError
-from .evaluate import Accuracy, evaluate
-from .exported import open_export
+from .evaluate import Accuracy, accuracy, evaluate
+from .exported import SUFFIX, open_export
 from .fit import EVALUATION_BATCH
 from .machine import choose_device
 from .network import load_network
@@ -32,32 +32,20 @@ class Measured:
     layers: list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Shipped:
-    """Accuracy of a file on the test split."""
-
-    top1: float
-    images: int
-
-
-def evaluate_shipped(file: Path, config: RunConfig) -> Shipped:
+def evaluate_shipped(file: Path, config: RunConfig) -> Accuracy:
     """A packed, ONNX or OpenVINO file on the test split of a config's data.
 
     Raises:
         ConfigError: the file cannot be used, or the data are not there or of another shape.
     """
     data = data_of(config)
-    form = {".onnx": "onnx", ".xml": "openvino"}.get(file.suffix)
+    form = next((form for form, suffix in SUFFIX.items() if suffix == file.suffix), None)
     opened = open_export(form, file) if form else open_packed(file, trust={config.model.name})
-    right = images = 0
     try:
-        for x, targets in data.test.evaluation_batches(EVALUATION_BATCH, device="cpu"):
-            right += int((opened(x).argmax(1) == targets).sum())
-            images += len(targets)
+        return accuracy(opened, data.test.evaluation_batches(EVALUATION_BATCH, device="cpu"))
     except Exception as error:  # each runtime has its own for images of another shape
         message = f"{file} does not take the images of {config.data.name}: {error}"
         raise ConfigError([message]) from None
-    return Shipped(right / images, images)
 
 
 def evaluate_stage(store: Store, run: Run, record: StageRecord) -> Measured:
@@ -73,11 +61,11 @@ def evaluate_stage(store: Store, run: Run, record: StageRecord) -> Measured:
         torch.set_num_threads(threads)  # other sums of partial sums would round otherwise
     data = data_of(config)
     model = load_network(store, record, device)
-    accuracy = evaluate(model, data.test.evaluation_batches(EVALUATION_BATCH, device=device))
+    found = evaluate(model, data.test.evaluation_batches(EVALUATION_BATCH, device=device))
     stage = record.spec.options["stage"]
     batches = stage["train"].get("calibration_batches")
     if not record.network.get("quantization") or batches is None:
-        return Measured(accuracy, [])
+        return Measured(found, [])
     calibration = data.train.calibration(
         config.data.batch_size,
         batches,
@@ -85,4 +73,4 @@ def evaluate_stage(store: Store, run: Run, record: StageRecord) -> Measured:
         augment=stage["train"]["augment"],
         device=device,
     )
-    return Measured(accuracy, layer_report(model, calibration))
+    return Measured(found, layer_report(model, calibration))

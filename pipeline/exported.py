@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from .derived import MOST_FLIPS
+from .derived import too_many_flips
 from .errors import ConfigError
 from .files import write_atomic
 from .packed_file import PackedModel
@@ -109,12 +109,7 @@ def agreement(
 
 def refuses(found: Agreement, runtime: str) -> str | None:
     """Why a file is not to be used; None where it does what the packed network does."""
-    if found.flips <= MOST_FLIPS * found.images:
-        return None
-    return (
-        f"{runtime} classifies {found.flips} of {found.images} images otherwise than the packed "
-        f"network, more than {100 * MOST_FLIPS:g} %"
-    )
+    return too_many_flips(runtime, found.flips, found.images, "the packed network")
 
 
 def open_export(form: str, path: Path) -> Opened:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
 from .data.augment import normalise
 from .data.bundle import DataError
@@ -51,8 +50,9 @@ def predict(
     assert bool(read.all())
     found = []
     count = min(top, len(facts.classes))
+    mean, std = torch.tensor(facts.mean), torch.tensor(facts.std)
     for first in range(0, len(files), BATCH):
-        x = _normalised(pixels[first : first + BATCH], facts)
+        x = normalise(pixels[first : first + BATCH], mean, std)
         shares, places = run(x).softmax(1).topk(count, dim=1)
         for image, row, chosen in zip(
             files[first : first + BATCH], shares.tolist(), places.tolist(), strict=True
@@ -60,10 +60,6 @@ def predict(
             named = ((facts.classes[p], share) for p, share in zip(chosen, row, strict=True))
             found.append(Prediction(image, tuple(named)))
     return found
-
-
-def _normalised(pixels: Tensor, facts: PackedImages) -> Tensor:
-    return normalise(pixels, torch.tensor(facts.mean), torch.tensor(facts.std))
 
 
 def _open(file: Path, trust: Collection[str]) -> tuple[Opened, PackedImages, int, int]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from ..quant.export.packed import pack_network
-from .config import RunConfig
 from .config_load import parse_config
 from .data import DataBundle
 from .derived import MOST_FLIPS, pack_spec
@@ -21,7 +19,7 @@ from .network import load_network
 from .packed_file import read_packed, tensors_of
 from .record import PACKED, StageRecord
 from .run import Run
-from .runner import load_data
+from .runner import data_of
 from .runtimes import in_pytorch
 from .store import Store
 
@@ -46,8 +44,7 @@ def verify_networks(store: Store, run: Run) -> Iterator[Finding]:
     A packed file has to hold what packing its checkpoint gives, to the bit; its accuracy may
     differ from the recorded one by a few images, since other machines round otherwise.
     """
-    config = parse_config(run.config)
-    data = _data(config)
+    data = data_of(parse_config(run.config))
     for planned in run.stages:
         name, trained = str(planned["name"]), store.find(str(planned["key"]))
         packed = store.find(pack_spec(str(planned["key"])).key)
@@ -102,7 +99,3 @@ def _export(
     except BitladderError as error:
         return Finding(name, what, str(error))
     return Finding(name, what, refuses(agreement(own, reference, batches), form))
-
-
-def _data(config: RunConfig) -> DataBundle:
-    return load_data(config.data.name, json.dumps(config.data.options, sort_keys=True))

@@ -10,7 +10,7 @@ from ..exported import SUFFIX, agreement, open_export, refuses, write_onnx, writ
 from ..fit import EVALUATION_BATCH
 from ..packed_file import read_packed
 from ..record import PACKED
-from ..runtimes import open_packed
+from ..runtimes import in_pytorch
 from .base import STAGES, StageContext, StageOutput
 
 
@@ -25,8 +25,7 @@ def export(context: StageContext) -> StageOutput:
     record, options = context.parents["packed"], context.spec.options
     form, batch = options["format"], options["batch"]
     source = context.store.stages / record.key / PACKED
-    name = record.network["name"]
-    packed = read_packed(source, trust={name})  # packed from a network that ran here
+    packed = read_packed(source, trust={record.network["name"]})  # it ran here
     path = context.around.workdir / f"model{SUFFIX[form]}"
     if form == "onnx":
         written = write_onnx(packed, path, narrow=options["narrow"])
@@ -35,7 +34,7 @@ def export(context: StageContext) -> StageOutput:
             context.around.name, "no layer is binary, so nothing needs a batch size", "leave it out"
         )
     batches = context.data.test.evaluation_batches(EVALUATION_BATCH, device="cpu")
-    found = agreement(open_export(form, path), open_packed(source, trust={name}), batches)
+    found = agreement(open_export(form, path), in_pytorch(packed.model), batches)
     if problem := refuses(found, form):
         raise StageError(context.around.name, problem)
     metrics: dict[str, Any] = {

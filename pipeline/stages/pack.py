@@ -51,23 +51,24 @@ def pack(context: StageContext) -> StageOutput:
     packed = read_packed(path, trust={name}).model  # the code made the network a moment ago
     compared = _compare(trained, canonical.to(device), packed.to(device), context)
     size = path.stat().st_size
+    plain = build_network(record.network, seed=0)
     metrics = {
         **compared,
         "packed_bytes": size,
         "compression": float_bytes / size,
         "float_bytes": float_bytes,
-        "parameters": sum(p.numel() for p in build_network(record.network, seed=0).parameters()),
-        "layers": _costs(record, tensors_of(path), context),
+        "parameters": sum(p.numel() for p in plain.parameters()),
+        "layers": _costs(plain, record, tensors_of(path), context),
     }
     return StageOutput((PACKED,), record.network, metrics)
 
 
 def _costs(
-    record: StageRecord, tensors: Mapping[str, Tensor], context: StageContext
+    plain: nn.Module, record: StageRecord, tensors: Mapping[str, Tensor], context: StageContext
 ) -> list[dict[str, Any]]:
     """What each layer costs: operations, and the bytes of its weight in the file."""
     images = next(iter(context.data.test.evaluation_batches(2, device="cpu")))
-    found = probe(build_network(record.network, seed=0), [images])
+    found = probe(plain, [images])
     rows = layer_costs(found, plan_from_dict(record.network.get("quantization") or {}))
     for row in rows:
         name = row["layer"]

@@ -7,7 +7,7 @@ import torch
 from bitladder.quant.export.canonical import coded_weights, make_canonical
 from bitladder.quant.export.onnx_qdq import onnx_qcdq
 from bitladder.quant.export.openvino_ir import openvino_model, the_core
-from shipped_networks import images, of_method, quantized
+from shipped_networks import agree, images, of_method, quantized
 
 BINARY = [
     ("uniq", {"width": 8}),  # inputs 0 and s
@@ -41,18 +41,13 @@ def kernels(found):
     return [i["primitiveType"].astype(str) for i in infos if "Conv" in i["layerType"].astype(str)]
 
 
-def agrees(own, expected):
-    error = (own - expected).abs().amax(1) / expected.std()
-    assert float((error < 1e-4).float().mean()) >= 0.75, error
-
-
 @pytest.mark.parametrize(
     ("method", "bits"), [("lsq", 8), ("lsq", 4), ("lsq", 2), ("uniq", 1), ("n2uq", 2), ("apot", 4)]
 )
 def test_openvino_gives_the_same_logits(method, bits, tmp_path):
     model = of_method(method, bits)
     found = compiled(openvino_model(graph_of(model)), tmp_path / "model.xml")
-    agrees(logits(found, images()), model(images()))
+    assert agree(logits(found, images()), model(images()))
     assert any(name.endswith("I8") for name in kernels(found))
 
 
@@ -63,7 +58,7 @@ def test_binary_layers_run_on_bits(method, more, tmp_path):
     assert len(graph.binary) == 6  # two in each of three blocks
     found = compiled(openvino_model(graph, batch=8), tmp_path / "model.xml")
     assert sum(name.endswith("u1") for name in kernels(found)) == 6
-    agrees(logits(found, images()), model(images()))
+    assert agree(logits(found, images()), model(images()))
 
 
 def test_an_input_at_the_threshold_is_the_upper_level(tmp_path):
@@ -71,7 +66,7 @@ def test_an_input_at_the_threshold_is_the_upper_level(tmp_path):
     graph = graph_of(model)
     found = compiled(openvino_model(graph, batch=1), tmp_path / "model.xml")
     x = torch.zeros(1, 3, 8, 8)
-    agrees(logits(found, x), model(x))
+    assert agree(logits(found, x), model(x))
 
 
 def test_without_a_batch_nothing_runs_on_bits():
@@ -86,7 +81,7 @@ def test_layers_that_openvino_gets_wrong_stay_in_float(tmp_path):
     found = compiled(openvino_model(graph, batch=8), tmp_path / "model.xml")
     # 4 input channels: the first block, and the first layer of the second
     assert sum(name.endswith("u1") for name in kernels(found)) == 3
-    agrees(logits(found, images()), model(images()))
+    assert agree(logits(found, images()), model(images()))
 
 
 SIGNALLED = """
