@@ -22,8 +22,9 @@ ladder: $(STAMP)  ## run the embedded ladder, FP32 -> 8 -> 4 -> 2 -> 1 bit, and 
 	@$(BIN)/bitladder run digits
 
 # Two processes of one thread each: most tests are too small for more, and take turns in a file.
+# In the order of the files, which has the long ones first.
 test: $(STAMP)  ## run the tests; ARGS="-k lsq" chooses
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: style typecheck  ## check style, format and types
 
@@ -65,6 +66,6 @@ $(STAMP): pyproject.toml
 	  "$$python" -m venv --clear $(VENV); \
 	}
 	@echo "installing into $(VENV), about 6 GB, once"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable ".[dev]"
 	@$(BIN)/python -m bitladder.flows.prefect_server prepare
 	@touch $(STAMP)

@@ -72,7 +72,7 @@ def test_the_same_seed_gives_the_same_bits(tiny, store, run, tmp_path):
     assert hashes(run(tiny(), store)) == hashes(run(tiny(), other))
 
 
-@pytest.mark.parametrize("looks", [2, 6, 12, 13, 20, 23, 30, 46, 60])
+@pytest.mark.parametrize("looks", [2, 12, 13, 23, 46])
 def test_a_stopped_ladder_resumes_to_the_same_bits(tiny, store, run, tmp_path, looks):
     bins = {"weight": 0.1, "activation": 0.1, "warmup": 0.4, "freeze_weight_scale": True}
     config = tiny(bin_regularization=bins, train={"epochs": 2, "optimizer": "adam"})

@@ -227,7 +227,7 @@ def test_a_copy_is_the_same_and_its_own(setup):
     assert all(torch.equal(v, before[k]) for k, v in quantizer.state_dict().items())
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(data=st.data())
 @every_quantizer
 def test_any_values_are_encoded_exactly_and_finitely(setup, data):
