@@ -203,10 +203,14 @@ def evaluate(
     database: DatabaseOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Measure accuracy now, and show each layer's scale, clip range and levels used.
+    """Measure accuracy now; show each layer's scale, clip range, levels used, and what it costs.
 
     bitladder evaluate digits --stage w4a4
     bitladder evaluate w4a4.onnx --config digits
+
+    Costs are of one image: millions of multiply-accumulates, and thousands of
+    millions of bit operations, which are multiply-accumulates times the bits of
+    weight and input. Bytes are of the weights in the packed file.
     """
     from .check_commands import evaluate_file, evaluate_run
 

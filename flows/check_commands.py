@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from ..pipeline.derived import pack_spec
 from ..pipeline.errors import ConfigError, StoreError
 from ..pipeline.run import Run
 from ..pipeline.store import Store
@@ -55,6 +56,9 @@ def evaluate_run(name: str | None, stage: str | None, store: Store) -> None:
         )
         if result.layers:
             print_table(_layers(result.layers))
+        packed = store.find(pack_spec(key).key)
+        if packed is not None:
+            print_table(_costs(packed.metrics))
     if damaged:
         way_out = f"redo it with: {resume_command(store, run.run)}"
         raise StoreError("\n".join([*damaged, way_out]), exit_code=1)
@@ -79,6 +83,26 @@ def _layers(layers: Sequence[dict[str, Any]]) -> Table:
                 str(layer[f"{half}_levels"]),
                 f"{100 * layer[f'{half}_clipped']:.2f}",
             )
+    return table
+
+
+def _costs(metrics: Mapping[str, Any]) -> Table:
+    """What each layer costs, and the whole network; see `layer_costs` for the operations."""
+    numbers = ("W", "A", "parameters", "bytes", "MMACs", "Gbitops")
+    table = table_of(("layer", *numbers), right=numbers)
+    for row in metrics["layers"]:
+        table.add_row(
+            row["layer"],
+            str(row["weight_bits"]),
+            str(row["activation_bits"]),
+            str(row["parameters"]),
+            str(row["weight_bytes"]),
+            f"{row['macs'] / 1e6:.3f}",
+            f"{row['bitops'] / 1e9:.4f}",
+        )
+    macs, bitops = (sum(row[key] for row in metrics["layers"]) for key in ("macs", "bitops"))
+    whole = (str(metrics["parameters"]), str(metrics["packed_bytes"]))
+    table.add_row("whole file", "", "", *whole, f"{macs / 1e6:.3f}", f"{bitops / 1e9:.4f}")
     return table
 
 

@@ -66,12 +66,13 @@ def pack(context: StageContext) -> StageOutput:
 def _costs(
     plain: nn.Module, record: StageRecord, tensors: Mapping[str, Tensor], context: StageContext
 ) -> list[dict[str, Any]]:
-    """What each layer costs: operations, and the bytes of its weight in the file."""
+    """What each layer costs: parameters, operations, and the bytes of its weight in the file."""
     images = next(iter(context.data.test.evaluation_batches(2, device="cpu")))
     found = probe(plain, [images])
     rows = layer_costs(found, plan_from_dict(record.network.get("quantization") or {}))
     for row in rows:
         name = row["layer"]
+        row["parameters"] = sum(p.numel() for p in plain.get_submodule(name).parameters())
         parts = [f"{name}.codes", f"{name}.scale", f"{name}.codebook", f"{name}.weight"]
         stored = [tensors[part] for part in (*parts, f"{name}.layer.weight") if part in tensors]
         row["weight_bytes"] = sum(t.numel() * t.element_size() for t in stored)
