@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,11 +11,15 @@ from rich.console import Console
 
 from ..pipeline.derived import bench_spec, export_spec
 from ..pipeline.errors import ConfigError, StoreError
+from ..pipeline.files import write_atomic
 from ..pipeline.record import StageRecord
 from ..pipeline.run import Run
 from ..pipeline.store import Store
 from .resume_command import resume_command
 from .tables import print_table, table_of
+
+# of the files of each format, the main one first
+SUFFIXES = {"packed": (".safetensors",), "onnx": (".onnx",), "openvino": (".xml", ".bin")}
 
 
 def export_run(
@@ -38,7 +41,10 @@ def export_run(
         raise ConfigError([f"--narrow is for --format onnx, not {form}"])
     run = store.run(name)
     packed = _packed(run, stage, store)
-    _check_out(out, force, several=len(packed) > 1)
+    wanted = _targets(out, packed, form) if out is not None else {}
+    there = [path for files in wanted.values() for path in files.values() if path.exists()]
+    if there and not force:
+        raise ConfigError([f"{p} exists already; give another --out, or --force" for p in there])
     rows = []
     for rung, record in packed.items():
         made = record
@@ -46,8 +52,11 @@ def export_run(
             made = derive(
                 run, rung, export_spec(record.key, form, batch=batch, narrow=narrow), store
             )
-        target = _delivered(store, made, rung, out, several=len(packed) > 1)
-        rows.append((rung, made, target))
+        if rung in wanted:
+            _deliver(made, store, wanted[rung])
+        main = SUFFIXES[form][0]
+        stored = next(store.stages / made.key / n for n in made.files if n.endswith(main))
+        rows.append((rung, made, wanted[rung][main] if rung in wanted else stored))
     table = table_of(("stage", "kB", "test %", "file"), right=("kB", "test %"))
     for rung, made, target in rows:
         size = made.metrics.get("export_bytes", made.metrics.get("packed_bytes"))
@@ -79,34 +88,37 @@ def _packed(run: Run, stage: str | None, store: Store) -> dict[str, StageRecord]
     return found
 
 
-def _check_out(out: Path | None, force: bool, *, several: bool) -> None:
-    if out is None or force:
-        return
-    if out.exists() and not (several and out.is_dir() and not any(out.iterdir())):
-        raise ConfigError([f"--out {out} exists already; give another name, or --force"])
+def _targets(out: Path, rungs: Collection[str], form: str) -> dict[str, dict[str, Path]]:
+    """Where the files of each rung are wanted, by suffix; the main file first.
+
+    Raises:
+        ConfigError: several rungs are to go into one file.
+    """
+    if len(rungs) > 1 and out.is_file():
+        raise ConfigError([f"--out {out} is a file; several rungs need a folder, or give --stage"])
+    main = SUFFIXES[form][0]
+    found = {}
+    for rung in rungs:
+        path = out if out.suffix == main else Path(f"{out}{main}")
+        if len(rungs) > 1 or out.is_dir():
+            path = out / f"{rung}{main}"
+        found[rung] = {suffix: path.with_suffix(suffix) for suffix in SUFFIXES[form]}
+    return found
 
 
-def _delivered(
-    store: Store, made: StageRecord, rung: str, out: Path | None, *, several: bool
-) -> Path:
-    """Where the main file is to be found; copied where the user wants it."""
-    folder = store.stages / made.key
-    names = sorted(made.files, key=lambda name: name.endswith(".bin"))
-    if out is None:
-        return folder / names[0]
+def _deliver(made: StageRecord, store: Store, wanted: Mapping[str, Path]) -> None:
+    """Copies the files of a stage to where they are wanted: all of them, or none."""
+    written: list[Path] = []
     try:
-        first = out
-        for name in names:
-            suffix = "".join(Path(name).suffixes[-1:])
-            target = (out / f"{rung}{suffix}") if several else out.with_suffix(suffix)
+        for name in made.files:
+            target = wanted[Path(name).suffix]
             target.parent.mkdir(parents=True, exist_ok=True)
-            part = target.with_name(f".{target.name}.part")
-            shutil.copyfile(folder / name, part)
-            part.replace(target)
-            first = target if name == names[0] else first
+            write_atomic(target, (store.stages / made.key / name).read_bytes())
+            written.append(target)
     except OSError as error:
-        raise ConfigError([f"--out {out}: {error.strerror or error}"]) from None
-    return first
+        for target in written:
+            target.unlink()
+        raise ConfigError([f"--out {target}: {error.strerror or error}"]) from None
 
 
 def predict_images(file: Path, images: Sequence[Path], top: int, trust: Collection[str]) -> None:

@@ -39,8 +39,8 @@ def export(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Copy to this file, or with several rungs to this folder; default: only tell "
-            "where in the store it is."
+            help="Copy to this file; several rungs, or a folder that is there: into this folder. "
+            "Default: only tell where in the store it is."
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what --out names.")] = False,

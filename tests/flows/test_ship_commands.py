@@ -1,11 +1,13 @@
 """`bitladder export`, `predict`, `bench`, `verify RUN` and `evaluate FILE`, as they are typed."""
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
-from bitladder.flows import commands
+from bitladder.flows import commands, ship_commands
 from bitladder.pipeline import derived
 from bitladder.pipeline.config_load import parse_config
 from bitladder.pipeline.runner import open_ladder, run_ladder
@@ -52,6 +54,50 @@ def test_export_copies_one_rung_to_a_file_and_all_to_a_folder(bitladder, store):
         *("fp32.bin", "fp32.xml", "w4a4.bin", "w4a4.xml"),
     ]
     assert "shipped/w4a4.xml" in out
+
+
+@pytest.mark.parametrize("out", ["theirs", "theirs.xml", "folder"])
+def test_no_file_of_an_export_is_written_over_another(bitladder, store, out):
+    Path("folder").mkdir()
+    kept = Path("folder/w4a4.bin" if out == "folder" else "theirs.bin")
+    kept.write_text("mine")
+    words = ("export", "tiny", "--stage", "w4a4", "-f", "openvino", "--out", out)
+    code, _, err = bitladder(*words)
+    assert (code, kept.read_text()) == (2, "mine")
+    assert f"{kept} exists already" in err
+    assert not kept.with_suffix(".xml").exists()
+    assert bitladder(*words, "--force")[0] == 0
+    assert kept.stat().st_size > 1000
+
+
+def test_a_name_with_a_point_keeps_it(bitladder, store):
+    assert bitladder("export", "tiny", "--stage", "w4a4", "--out", "net-1.5")[0] == 0
+    assert Path("net-1.5.safetensors").is_file()
+
+
+def test_several_rungs_do_not_go_into_a_file(bitladder, store):
+    Path("file").write_text("mine")
+    code, _, err = bitladder("export", "tiny", "--out", "file", "--force")
+    assert (code, Path("file").read_text()) == (2, "mine")
+    assert "several rungs need a folder" in err
+
+
+def test_of_an_export_that_cannot_be_written_whole_nothing_is_left(bitladder, store, monkeypatch):
+    written = []
+
+    def full_after_one_file(path, data):
+        if written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        path.write_bytes(data)
+        written.append(path)
+
+    monkeypatch.setattr(ship_commands, "write_atomic", full_after_one_file)
+    words = ("export", "tiny", "--stage", "w4a4", "-f", "openvino", "--out", "theirs")
+    code, _, err = bitladder(*words)
+    assert code == 2
+    assert "No space left on device" in err
+    assert len(written) == 1
+    assert not list(Path().glob("*theirs*"))
 
 
 def test_an_output_that_exists_is_kept(bitladder, store):
