@@ -181,7 +181,10 @@ def read_packed(path: Path, *, trust: Collection[str] = ()) -> PackedModel:
             raise ValueError("it does not match its checksum")
         _check_source(description, trust)
         model, weights = _rebuild(description, tensors, path.stat().st_size)
-    except (ValueError, TypeError, ArithmeticError, SafetensorError, OSError) as error:
+    except SafetensorError as error:
+        message = f"{path}: no whole safetensors file, export or copy it again: {error}"
+        raise ConfigError([message]) from None
+    except (ValueError, TypeError, ArithmeticError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ConfigError([f"{path}: {reason}"]) from None
     return PackedModel(model, weights, description, stored)

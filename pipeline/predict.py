@@ -67,6 +67,10 @@ def _open(file: Path, trust: Collection[str]) -> tuple[Opened, PackedImages, int
     if file.suffix == ".onnx":
         facts, channels, size = _onnx_facts(file)
         return open_onnx(file, threads=torch.get_num_threads()), facts, channels, size
+    if file.suffix == ".xml":
+        raise ConfigError(
+            [f"{file}: give a packed or an ONNX file of it; bitladder export makes one"]
+        )
     packed = read_packed(file, trust=trust)
     network, images = packed.description.network, packed.description.images
     return in_pytorch(packed.model), images, network.in_channels, network.image_size

@@ -183,3 +183,16 @@ def test_a_packed_network_unlike_its_training_ends_a_run_with_1(bitladder, store
     assert code == 1
     assert "w4a4: the packed network classifies 0 of 360 test images otherwise" in err
     assert "w4a4: the packed network" in out  # marked in the table
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("net.xml", "give a packed or an ONNX file"), ("cut.safetensors", "no whole safetensors")],
+)
+def test_predict_says_what_is_wrong_with_a_file(bitladder, store, name, says):
+    whole = (store.stages / store.run().packed[1] / "packed.safetensors").read_bytes()
+    Path(name).write_bytes(whole[: len(whole) // 2])
+    Image.new("L", (9, 9)).save("one.png")
+    code, _, err = bitladder("predict", name, "one.png")
+    assert code == 2
+    assert says in err
