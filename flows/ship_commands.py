@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..pipeline.derived import bench_spec, export_spec
+from ..pipeline.derived import SUFFIXES, bench_spec, export_spec
 from ..pipeline.errors import ConfigError, StoreError
 from ..pipeline.files import write_atomic
 from ..pipeline.record import StageRecord
@@ -17,9 +17,6 @@ from ..pipeline.run import Run
 from ..pipeline.store import Store
 from .resume_command import resume_command
 from .tables import print_table, table_of
-
-# of the files of each format, the main one first
-SUFFIXES = {"packed": (".safetensors",), "onnx": (".onnx",), "openvino": (".xml", ".bin")}
 
 
 def export_run(

@@ -13,6 +13,8 @@ PACK_RECIPE = 2
 EXPORT_RECIPE = 1
 BENCH_RECIPE = 1
 MOST_FLIPS = 0.002  # of the test split
+# of the files of each format to ship, the main one first
+SUFFIXES = {"packed": (".safetensors",), "onnx": (".onnx",), "openvino": (".xml", ".bin")}
 
 
 def pack_spec(trained: str) -> StageSpec:

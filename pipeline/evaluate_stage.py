@@ -11,9 +11,10 @@ import torch
 from ..quant.metrics import layer_report
 from .config import RunConfig
 from .config_load import parse_config
+from .derived import SUFFIXES
 from .errors import ConfigError
 from .evaluate import Accuracy, accuracy, evaluate
-from .exported import SUFFIX, open_export
+from .exported import open_export
 from .fit import EVALUATION_BATCH
 from .machine import choose_device
 from .network import load_network
@@ -39,8 +40,9 @@ def evaluate_shipped(file: Path, config: RunConfig) -> Accuracy:
         ConfigError: the file cannot be used, or the data are not there or of another shape.
     """
     data = data_of(config)
-    form = next((form for form, suffix in SUFFIX.items() if suffix == file.suffix), None)
-    opened = open_export(form, file) if form else open_packed(file, trust={config.model.name})
+    form = next((form for form, (main, *_) in SUFFIXES.items() if main == file.suffix), "packed")
+    packed = form == "packed"
+    opened = open_packed(file, trust={config.model.name}) if packed else open_export(form, file)
     try:
         return accuracy(opened, data.test.evaluation_batches(EVALUATION_BATCH, device="cpu"))
     except Exception as error:  # each runtime has its own for images of another shape

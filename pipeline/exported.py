@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from .runtimes import Opened, needed, open_onnx, open_openvino
 
 if TYPE_CHECKING:
     from ..quant.export.onnx_qdq import OnnxGraph
-
-ExportFormat = Literal["onnx", "openvino"]
-SUFFIX: dict[str, str] = {"onnx": ".onnx", "openvino": ".xml"}
 
 
 @dataclass(frozen=True)

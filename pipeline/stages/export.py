@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from ..derived import SUFFIXES
 from ..errors import StageError
-from ..exported import SUFFIX, agreement, open_export, refuses, write_onnx, write_openvino
+from ..exported import agreement, open_export, refuses, write_onnx, write_openvino
 from ..fit import EVALUATION_BATCH
 from ..packed_file import read_packed
 from ..record import PACKED
@@ -26,7 +27,7 @@ def export(context: StageContext) -> StageOutput:
     form, batch = options["format"], options["batch"]
     source = context.store.stages / record.key / PACKED
     packed = read_packed(source, trust={record.network["name"]})  # it ran here
-    path = context.around.workdir / f"model{SUFFIX[form]}"
+    path = context.around.workdir / f"model{SUFFIXES[form][0]}"
     if form == "onnx":
         written = write_onnx(packed, path, narrow=options["narrow"])
     elif not (written := write_openvino(packed, path, batch=batch)):
