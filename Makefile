@@ -66,6 +66,6 @@ $(STAMP): pyproject.toml
 	  "$$python" -m venv --clear $(VENV); \
 	}
 	@echo "installing into $(VENV), about 6 GB, once"
-	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable ".[dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@$(BIN)/python -m bitladder.flows.prefect_server prepare
 	@touch $(STAMP)
