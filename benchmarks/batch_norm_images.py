@@ -14,15 +14,17 @@ import argparse
 from pathlib import Path
 
 import torch
+from bitladder.pipeline.config import RunConfig
 from bitladder.pipeline.config_load import parse_config
 from bitladder.pipeline.evaluate import evaluate
+from bitladder.pipeline.fit import EVALUATION_BATCH
 from bitladder.pipeline.network import load_network
+from bitladder.pipeline.record import StageRecord
 from bitladder.pipeline.runner import data_of
 from bitladder.pipeline.store import Store
 from bitladder.quant import reestimate_batch_norm
 from timing import where_and_how
 
-EVALUATION_BATCH = 500
 CPU = torch.device("cpu")
 
 
@@ -34,31 +36,32 @@ def main() -> None:
     for name in args.runs:
         run = store.run(name)
         config = parse_config(run.config)
-        data = data_of(config)
         print(f"\n{run.run}, {config.data.name}, validation top-1 %\n")
         print("| rung | images as they are | augmented | difference |\n|---|---|---|---|")
         for planned in run.stages:
             record = store.read(planned["key"])
             if record is None:
                 continue
-            found = []
-            for augment in (False, True):
-                network = load_network(store, record, CPU)
-                batches = data.train.calibration(
-                    config.data.batch_size,
-                    record.spec.options["stage"]["train"]["batch_norm_batches"],
-                    seed=record.spec.options["seed"],
-                    augment=augment,
-                    device=CPU,
-                )
-                reestimate_batch_norm(network, batches)
-                images = data.validation.evaluation_batches(EVALUATION_BATCH, device=CPU)
-                found.append(100 * evaluate(network, images).top1)
-            plain, augmented = found
+            plain, augmented = (top1(store, record, config, augment) for augment in (False, True))
             print(
                 f"| {planned['name']} | {plain:.2f} | {augmented:.2f} | {augmented - plain:+.2f} |",
                 flush=True,
             )
+
+
+def top1(store: Store, record: StageRecord, config: RunConfig, augment: bool) -> float:
+    """Validation accuracy in % of a rung whose batch norm is re-estimated."""
+    network, data = load_network(store, record, CPU), data_of(config.data)
+    batches = data.train.calibration(
+        config.data.batch_size,
+        record.spec.options["stage"]["train"]["batch_norm_batches"],
+        seed=config.seed,
+        augment=augment,
+        device=CPU,
+    )
+    reestimate_batch_norm(network, batches)
+    images = data.validation.evaluation_batches(EVALUATION_BATCH, device=CPU)
+    return 100 * evaluate(network, images).top1
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -141,7 +141,7 @@ def bare_ladder(source: str, overrides: list[str]) -> dict[str, Any]:
 
     config = load_config(source, overrides)
     stages = make_plan(config).stages
-    data = data_of(config)
+    data = data_of(config.data)
     device = choose_device(config.runtime.device)
     if config.runtime.keep_freed_memory:
         keep_freed_memory()
@@ -173,7 +173,7 @@ def bare_stage(
     from bitladder.pipeline.learner import Learner, Objective
     from bitladder.pipeline.network import build_network, describe_network
     from bitladder.pipeline.policy import policy_of
-    from bitladder.pipeline.stages.train import PROBE_BATCHES
+    from bitladder.pipeline.stages.train import PROBE_BATCHES, calibration_of
     from bitladder.quant.absorb import absorb_relus
     from bitladder.quant.calibrate import bake, calibrate, ranges, reestimate_batch_norm
     from bitladder.quant.probing import probe
@@ -181,13 +181,7 @@ def bare_stage(
 
     options, parents = planned.spec.options, planned.spec.parents
     stage, seed, batch_size = config.ladder[planned.position], options["seed"], _batch(options)
-    drawn = partial(
-        data.train.calibration,
-        batch_size,
-        seed=seed,
-        augment=stage.train.augment,
-        device=device,
-    )
+    drawn = calibration_of(stage, data, batch_size=batch_size, seed=seed, device=device)
     calibration = list(drawn(stage.train.calibration_batches))
     student = build_network(describe_network(options["model"], data), seed=seed)
     parent = trained.get(parents.get("init", ""))

@@ -51,9 +51,10 @@ def export_run(
             )
         if rung in wanted:
             _deliver(made, store, wanted[rung])
-        main = SUFFIXES[form][0]
-        stored = next(store.stages / made.key / n for n in made.files if n.endswith(main))
-        rows.append((rung, made, wanted[rung][main] if rung in wanted else stored))
+        places = wanted.get(rung) or {
+            Path(n).suffix: store.stages / made.key / n for n in made.files
+        }
+        rows.append((rung, made, places[SUFFIXES[form][0]]))
     table = table_of(("stage", "kB", "test %", "file"), right=("kB", "test %"))
     for rung, made, target in rows:
         size = made.metrics.get("export_bytes", made.metrics.get("packed_bytes"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .spec import StageSpec
@@ -15,6 +16,11 @@ BENCH_RECIPE = 1
 MOST_FLIPS = 0.002  # of the test split
 # of the files of each format to ship, the main one first
 SUFFIXES = {"packed": (".safetensors",), "onnx": (".onnx",), "openvino": (".xml", ".bin")}
+
+
+def format_of(file: Path) -> str:
+    """The format that a file's name says; packed for names that say nothing."""
+    return {main: form for form, (main, *_) in SUFFIXES.items()}.get(file.suffix, "packed")
 
 
 def pack_spec(trained: str) -> StageSpec:

@@ -11,7 +11,7 @@ import torch
 from ..quant.metrics import layer_report
 from .config import RunConfig
 from .config_load import parse_config
-from .derived import SUFFIXES
+from .derived import format_of
 from .errors import ConfigError
 from .evaluate import Accuracy, accuracy, evaluate
 from .exported import open_export
@@ -39,10 +39,11 @@ def evaluate_shipped(file: Path, config: RunConfig) -> Accuracy:
     Raises:
         ConfigError: the file cannot be used, or the data are not there or of another shape.
     """
-    data = data_of(config)
-    form = next((form for form, (main, *_) in SUFFIXES.items() if main == file.suffix), "packed")
-    packed = form == "packed"
-    opened = open_packed(file, trust={config.model.name}) if packed else open_export(form, file)
+    data = data_of(config.data)
+    if (form := format_of(file)) == "packed":
+        opened = open_packed(file, trust={config.model.name})
+    else:
+        opened = open_export(form, file)
     try:
         return accuracy(opened, data.test.evaluation_batches(EVALUATION_BATCH, device="cpu"))
     except Exception as error:  # each runtime has its own for images of another shape
@@ -61,7 +62,7 @@ def evaluate_stage(store: Store, run: Run, record: StageRecord) -> Measured:
     threads = record.environment.get("threads")
     if threads and device.type == "cpu":
         torch.set_num_threads(threads)  # other sums of partial sums would round otherwise
-    data = data_of(config)
+    data = data_of(config.data)
     model = load_network(store, record, device)
     found = evaluate(model, data.test.evaluation_batches(EVALUATION_BATCH, device=device))
     stage = record.spec.options["stage"]

@@ -27,6 +27,7 @@ from .network import build_network, describe_network
 from .optimizer import build_optimizer
 from .parents import parents_of
 from .policy import policy_of
+from .stages.train import calibration_of
 from .teachers import Teachers
 from .training_step import TrainingStep
 
@@ -81,11 +82,8 @@ def fresh_steps(
         ConfigError: the stage's teachers cannot be had as it wants them.
     """
     stage, size = config.ladder[position], config.data.batch_size
-    calibration = list(
-        data.train.calibration(
-            size, CALIBRATION_BATCHES, seed=config.seed, augment=stage.train.augment, device=device
-        )
-    )
+    drawn = calibration_of(stage, data, batch_size=size, seed=config.seed, device=device)
+    calibration = list(drawn(CALIBRATION_BATCHES))
     parents = parents_of(config, position)
     above = parents.teachers[-1:] if parents.chooses else parents.teachers
     networks = [bake(_network(config, each, data, calibration)) for each in above]

@@ -14,6 +14,7 @@ from .data.augment import normalise
 from .data.bundle import DataError
 from .data.decode import read_all
 from .data.listing import EXTENSIONS
+from .derived import format_of
 from .errors import ConfigError
 from .packed_file import PackedImages, read_packed
 from .runtimes import Opened, in_pytorch, needed, open_onnx
@@ -64,10 +65,11 @@ def predict(
 
 def _open(file: Path, trust: Collection[str]) -> tuple[Opened, PackedImages, int, int]:
     """What runs the file, and the images that it takes."""
-    if file.suffix == ".onnx":
+    form = format_of(file)
+    if form == "onnx":
         facts, channels, size = _onnx_facts(file)
         return open_onnx(file, threads=torch.get_num_threads()), facts, channels, size
-    if file.suffix == ".xml":
+    if form == "openvino":
         raise ConfigError(
             [f"{file}: give a packed or an ONNX file of it; bitladder export makes one"]
         )

@@ -82,7 +82,7 @@ def profile_stage(config: RunConfig, name: str | None = None, *, steps: int = 20
     check_ladder(config)
     config = every_rung(config)
     stage, device = config.ladder[position], _set_up(config)
-    data = data_of(config)
+    data = data_of(config.data)
     batches = endless_batches(config, stage, data, device)
     made = fresh_steps(config, position, data, device)
     own, number = made.own, int(AT * (made.own.steps - 1))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .auto_plan import every_rung, plan_so_far, said_of_rungs
-from .config import RunConfig, RuntimeConfig, StageConfig
+from .config import DataConfig, RunConfig, RuntimeConfig, StageConfig
 from .data import DATASETS, DataBundle
 from .data.listing import forget_listings
 from .derived import pack_spec
@@ -156,7 +156,7 @@ def check_ladder(config: RunConfig) -> None:
     every = every_rung(config)
     errors = device_mistakes(config.runtime.device, [stage.train.devices for stage in every.ladder])
     try:
-        check_networks(every, data_of(config))
+        check_networks(every, data_of(config.data))
     except ConfigError as error:
         errors += error.errors
     if errors and config.auto is not None:
@@ -225,7 +225,7 @@ def _work(
     started = json.loads(resume["started"]) if resume else {}
     device, threads = _set_up(config.runtime, started, ladder, stage)
     log.debug("phase data")
-    data = data_of(config)
+    data = data_of(config.data)
     parents = {role: _parent(store, key, stage) for role, key in spec.parents.items()}
     epochs = settings.train.epochs
     done = len(json.loads(resume["history"])) if resume else 0
@@ -376,9 +376,9 @@ def as_stage_error(stage: str, store: Store, error: Exception) -> BitladderError
     return StageError(stage, f"{type(error).__name__}: {error}")
 
 
-def data_of(config: RunConfig) -> DataBundle:
-    """The data set that a config names; as `load_data`."""
-    return load_data(config.data.name, json.dumps(config.data.options, sort_keys=True))
+def data_of(section: DataConfig) -> DataBundle:
+    """The data set that the section `data` of a config names; as `load_data`."""
+    return load_data(section.name, json.dumps(section.options, sort_keys=True))
 
 
 @lru_cache(maxsize=2)

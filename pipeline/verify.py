@@ -44,7 +44,7 @@ def verify_networks(store: Store, run: Run) -> Iterator[Finding]:
     A packed file has to hold what packing its checkpoint gives, to the bit; its accuracy may
     differ from the recorded one by a few images, since other machines round otherwise.
     """
-    data = data_of(parse_config(run.config))
+    data = data_of(parse_config(run.config).data)
     for planned in run.stages:
         name, trained = str(planned["name"]), store.find(str(planned["key"]))
         packed = store.find(pack_spec(str(planned["key"])).key)

@@ -6,11 +6,12 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...models import load_weights
@@ -24,6 +25,7 @@ from ..cheap_teachers import Cheapened, ready_teachers
 from ..compiling import compile_networks, wants, why_not
 from ..config import BinRegularizationConfig, OscillationConfig, StageConfig
 from ..config_section import Component
+from ..data import DataBundle
 from ..data.split import Batch
 from ..distributed import first_goes_on, own_share
 from ..errors import StageError
@@ -50,13 +52,7 @@ def train(context: StageContext) -> StageOutput:
     seed, batch_size = context.spec.options["seed"], data_batch(context)
     began = time.monotonic()
     network = describe_network(context.spec.options["model"], data)
-    drawn = partial(
-        data.train.calibration,
-        batch_size,
-        seed=seed,
-        augment=stage.train.augment,
-        device=device,
-    )
+    drawn = calibration_of(stage, data, batch_size=batch_size, seed=seed, device=device)
     calibration = list(drawn(stage.train.calibration_batches))
     student = build_network(network, seed=seed)
     parent = _parent(context)
@@ -114,6 +110,15 @@ def train(context: StageContext) -> StageOutput:
     metrics |= {"cheap_teachers": [asdict(each) for each in cheapened]} if cheapened else {}
     metrics["seconds_here"] = round(time.monotonic() - began, 3)
     return StageOutput(files, network, metrics)
+
+
+def calibration_of(
+    stage: StageConfig, data: DataBundle, *, batch_size: int, seed: int, device: torch.device
+) -> Callable[[int], Iterator[Batch]]:
+    """So many calibration batches, which look as the images do that the stage trains on."""
+    return partial(
+        data.train.calibration, batch_size, seed=seed, augment=stage.train.augment, device=device
+    )
 
 
 def data_batch(context: StageContext) -> int:

@@ -115,10 +115,10 @@ def _chance(trial: Trial, read: Any) -> float:
     for stage in trial.plan.stages:
         if (record := read(stage.key)) is not None:
             return 1 / int(record.network["num_classes"])
-    from ..runner import load_data  # imports the whole of training
+    from ..runner import data_of  # imports the whole of training
 
     data = trial.config.data
-    return 1 / load_data(data.name, json.dumps(data.options, sort_keys=True)).num_classes
+    return 1 / data_of(data).num_classes
 
 
 def _fill_in_images(frame: pd.DataFrame) -> None:

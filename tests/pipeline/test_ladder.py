@@ -42,7 +42,7 @@ def test_statistics_are_those_of_images_as_in_training(tiny, store, run, augment
         norm, others = model.bn1, []
         assert bool(quantizers(model)) == quantized
         for look in (augment, not augment):
-            batches = data_of(config).train.calibration(
+            batches = data_of(config.data).train.calibration(
                 64, 3, seed=config.seed, augment=look, device="cpu"
             )
             with torch.no_grad():
