@@ -12,6 +12,7 @@ from .metrics import (
     ideal_bytes,
     layer_report,
     max_levels,
+    scales,
     sqnr,
 )
 from .oscillation import (
@@ -30,6 +31,7 @@ from .policy import (
 )
 from .probing import LayerFacts, Probe, probe
 from .quantizers import QUANTIZERS  # importing the folder registers every method
+from .record import record
 from .registry import Registry, UnknownNameError
 from .regularizers import (
     activation_bin_regularization,
@@ -92,8 +94,10 @@ __all__ = [
     "quantize_model",
     "quantizer_parameters",
     "ranges",
+    "record",
     "reestimate_batch_norm",
     "restore_relus",
+    "scales",
     "sqnr",
     "unquantized",
     "weight_bin_regularization",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .core import Range
-from .layers import QuantLayer, input_of, turned
+from .layers import QuantLayer, turned
 from .probing import call, evaluating, inputs_of
+from .record import record
 from .swap import quant_layers, quantizers, weight_layers
 
 VALUES_PER_BATCH = 2**15  # of each quantizer's input
@@ -70,32 +71,26 @@ def collect_samples(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tenso
     kept: dict[str, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
 
-    def look(name: str) -> Any:
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            values = kept.setdefault(name, [])
-            flat = input_of(args, kwargs).detach().reshape(-1)
-            room = min(VALUES_PER_BATCH, VALUES - sum(len(v) for v in values))
-            if room < len(flat):
-                places = torch.randint(len(flat), (max(room, 0),), generator=generator)
-                flat = torch.cat([torch.stack(flat.aminmax()), flat[places.to(flat.device)]])
-            values.append(flat.float())
-
-        return hook
+    def sample(name: str, x: Tensor) -> None:
+        values = kept.setdefault(name, [])
+        flat = x.reshape(-1)
+        room = min(VALUES_PER_BATCH, VALUES - sum(len(v) for v in values))
+        if room < len(flat):
+            places = torch.randint(len(flat), (max(room, 0),), generator=generator)
+            flat = torch.cat([torch.stack(flat.aminmax()), flat[places.to(flat.device)]])
+        values.append(flat.float())
 
     layers = quant_layers(model)
-    hooks = [
-        layer.register_forward_pre_hook(look(name), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
     count = 0
-    try:
-        with evaluating(model), _bypassed(layers), _batch_statistics(model), torch.no_grad():
-            for x in inputs_of(batches, model):
-                call(model, x)
-                count += 1
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as stack:
+        stack.enter_context(record(model, layers, reduce=sample))
+        stack.enter_context(evaluating(model))
+        stack.enter_context(_bypassed(layers))
+        stack.enter_context(_batch_statistics(model))
+        stack.enter_context(torch.no_grad())
+        for x in inputs_of(batches, model):
+            call(model, x)
+            count += 1
     if count == 0:
         raise ValueError("calibration of the inputs needs at least one batch")
     return {name: torch.cat(values) for name, values in kept.items()}

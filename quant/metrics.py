@@ -13,7 +13,8 @@ from .core import QTensor, Quantizer
 from .layers import QuantLayer
 from .policy import LayerPlan
 from .probing import Probe, call, evaluating, inputs_of
-from .swap import quant_layers, quantizers, weight_layers
+from .record import record
+from .swap import input_quantizers, quant_layers, quantizers, weight_layers
 
 SUMMARY = ("scale", "low", "high", "levels", "clipped", "sqnr_db")
 
@@ -75,10 +76,7 @@ def ideal_bytes(model: nn.Module) -> int:
         total += math.ceil(q.codes.numel() * q.bits / 8) + _side_bytes(q)
     for layer in quant_layers(model).values():
         if layer.input_quantizer is not None:
-            site = layer.input_quantizer.site
-            shape = [1, 1, 1, 1]
-            shape[site.channel_axis] = site.channels
-            nothing = torch.zeros(shape, device=layer.latent.device)
+            nothing = nothing_for(layer.input_quantizer, layer)
             total += _side_bytes(layer.input_quantizer.encode(nothing))
             total += 4 * layer.input_quantizer.encoding_constants
     inside = {
@@ -111,12 +109,12 @@ def effectiveness(values: Tensor, q: QTensor) -> float:
         q: the same values encoded.
     """
     table = q.levels()
-    gap = _beside((table.amax(1) - table.amin(1)) / max(q.num_levels - 1, 1), q)
+    gap = beside((table.amax(1) - table.amin(1)) / max(q.num_levels - 1, 1), q)
     relative = (values.float() - q.dequantize()).square() / (gap.square() / 12)
     return max(0.0, 1.0 - float(relative.mean()))
 
 
-class _Seen:
+class Seen:
     """What one quantizer did with all it was given, summed up tensor by tensor."""
 
     def __init__(self, quantizer: Quantizer) -> None:
@@ -124,30 +122,44 @@ class _Seen:
         self.used: Tensor | None = None  # (groups, levels) bool
         self.clipped = self.count = 0
         self.signal = self.noise = 0.0
+        self.spread = 0.0  # of the noise, in units of gap^2 / 12; see `effectiveness`
         self.scale = 0.0
         self.range = (0.0, 0.0)
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor) -> QTensor:
+        """Takes note of what becomes of `x`, and gives it."""
         q = self.quantizer.encode(x)
         used = _used_codes(q)
         self.used = used if self.used is None else self.used | used
         latent = self.quantizer.latent(x).float()
+        error = (latent - q.dequantize()).square()
+        noise = float(error.sum().double())
         self.signal += float(latent.square().sum().double())
-        self.noise += float((latent - q.dequantize()).square().sum().double())
+        self.noise += noise
         table = q.levels()
-        low, high = (_beside(end, q) for end in (table.amin(1), table.amax(1)))
+        low, high = (beside(end, q) for end in (table.amin(1), table.amax(1)))
         # a value that rounds to the outer level from within half a gap beyond it is not clipped
-        gap = (high - low) / max(q.num_levels - 1, 1) / 2
-        self.clipped += int(((latent < low - gap) | (latent > high + gap)).sum())
+        half = (high - low) / max(q.num_levels - 1, 1) / 2
+        self.clipped += int(((latent < low - half) | (latent > high + half)).sum())
+        whole = half.numel() == 1
+        self.spread += noise / float(half) ** 2 * 3 if whole else float((error / half**2).sum()) * 3
         self.count += x.numel()
         self.scale = float(q.scale.max())
         self.range = float(low.min()), float(high.max())
+        return q
 
     @property
     def levels(self) -> int:
+        """The most distinct codes in any scale group."""
         return 0 if self.used is None else int(self.used.sum(1).max())
 
+    @property
+    def effectiveness(self) -> float:
+        """See the function of that name."""
+        return max(0.0, 1.0 - self.spread / self.count)
+
     def summary(self) -> dict[str, float]:
+        """The keys of `SUMMARY`."""
         return {
             "scale": self.scale,
             "low": self.range[0],
@@ -159,32 +171,49 @@ class _Seen:
 
 
 @torch.no_grad()
-def _watch(model: nn.Module, batches: Iterable[Any]) -> dict[str, _Seen]:
-    watched = {name: _Seen(quantizer) for name, quantizer in quantizers(model).items()}
+def scales(model: nn.Module) -> dict[str, float]:
+    """The scale of every quantizer now, of several the largest: `conv1.weight`, `conv1.activation`.
+
+    The device is waited for once.
+    """
+    found = {}
+    for name, layer in quant_layers(model).items():
+        of = {"weight": layer.weight_quantizer, "activation": layer.input_quantizer}
+        for half, quantizer in of.items():
+            if quantizer is not None:
+                x = layer.weight if half == "weight" else nothing_for(quantizer, layer)
+                found[f"{name}.{half}" if name else half] = quantizer.encode(x).scale.amax()
+    if not found:
+        return {}
+    return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+
+
+def nothing_for(quantizer: Quantizer, layer: QuantLayer) -> Tensor:
+    """The smallest input that a layer's input quantizer takes, all zero."""
+    shape = [1, 1, 1, 1]
+    shape[quantizer.site.channel_axis] = quantizer.site.channels
+    return torch.zeros(shape, device=layer.latent.device)
+
+
+@torch.no_grad()
+def _watch(model: nn.Module, batches: Iterable[Any]) -> dict[str, Seen]:
+    watched = {name: Seen(quantizer) for name, quantizer in quantizers(model).items()}
     of = {seen.quantizer: seen for seen in watched.values()}
-    hooks = []
     for layer in weight_layers(model).values():
         assert layer.weight_quantizer is not None
         of[layer.weight_quantizer].add(layer.weight)
-    for layer in quant_layers(model).values():
-        if layer.input_quantizer is not None:
-            seen = of[layer.input_quantizer]
-            hooks.append(
-                layer.input_quantizer.register_forward_pre_hook(
-                    lambda _, args, seen=seen: seen.add(args[0])
-                )
-            )
-    try:
-        with evaluating(model):
-            for x in inputs_of(batches, model) if hooks else ():
-                call(model, x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    inputs = input_quantizers(model)
+
+    def look(name: str, x: Tensor) -> None:
+        of[inputs[name]].add(x)
+
+    with evaluating(model), record(model, inputs, reduce=look):
+        for x in inputs_of(batches, model) if inputs else ():
+            call(model, x)
     return watched
 
 
-def _row(name: str, layer: QuantLayer, watched: Mapping[Quantizer, _Seen]) -> dict[str, Any]:
+def _row(name: str, layer: QuantLayer, watched: Mapping[Quantizer, Seen]) -> dict[str, Any]:
     plan = layer.plan or LayerPlan()
     row: dict[str, Any] = {
         "layer": name,
@@ -213,7 +242,7 @@ def _used_codes(q: QTensor) -> Tensor:
     return used.scatter_(1, rows.long(), True)
 
 
-def _beside(values: Tensor, q: QTensor) -> Tensor:
+def beside(values: Tensor, q: QTensor) -> Tensor:
     """One value for each scale group, (groups,), in a shape that goes with the codes."""
     if q.channel_axis is None:
         return values.squeeze()

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from . import world
 from .core import QTensor, Quantizer
 from .functional import look_up, stored_order, wide
-from .swap import quant_layers, weight_layers
+from .record import record
+from .swap import input_quantizers, weight_layers
 
 
 def bin_regularization(
@@ -96,30 +97,11 @@ def collect_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     it holds one activation map a layer. A quantizer that runs twice in a pass comes as `name` and
     `name#2`. Nothing is gathered where gradients are off.
     """
-    gathered: dict[str, Tensor] = {}
-
-    def clear(*_: Any) -> None:
-        gathered.clear()
-
-    def look(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if torch.is_grad_enabled():
-                times = 1 + sum(key.partition("#")[0] == name for key in gathered)
-                gathered[name if times == 1 else f"{name}#{times}"] = args[0]
-
-        return hook
-
-    hooks = [model.register_forward_pre_hook(clear, prepend=True)]
-    for name, layer in quant_layers(model).items():
-        if layer.input_quantizer is not None:
-            full = f"{name}.input_quantizer" if name else "input_quantizer"
-            hooks.append(layer.input_quantizer.register_forward_pre_hook(look(full)))
-    try:
-        yield gathered
-    finally:
-        gathered.clear()
-        for handle in hooks:
-            handle.remove()
+    with record(model, input_quantizers(model), attached=True) as gathered:
+        try:
+            yield gathered
+        finally:
+            gathered.clear()
 
 
 def _pull(

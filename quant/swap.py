@@ -19,6 +19,7 @@ __all__ = [
     "Probe",
     "apply_plan",
     "float_state_dict",
+    "input_quantizers",
     "layer_plan",
     "probe",
     "quant_layers",
@@ -140,6 +141,15 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
             found[name] = module
             inside.update(module.modules())
     return found
+
+
+def input_quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """The quantizers of layers' inputs by name."""
+    return {
+        f"{name}.input_quantizer" if name else "input_quantizer": layer.input_quantizer
+        for name, layer in quant_layers(model).items()
+        if layer.input_quantizer is not None
+    }
 
 
 def quantizer_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
