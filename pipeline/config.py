@@ -354,6 +354,8 @@ class RuntimeConfig(Section):
     threads: PositiveInt | None = None
     checkpoint_seconds: Positive = 30.0  # besides one after each epoch
     keep_freed_memory: bool = True  # glibc only: no page faults for the same activations each step
+    tensorboard: bool = False  # charts of the run, in the store's reports/<run>/tensorboard
+    histogram_epochs: Annotated[int, Field(ge=0)] = 10  # between two histograms there; 0: none
 
 
 class RunConfig(Section):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..quant import world
+from ..quant.metrics import scales
 from .config import StageConfig
 from .data import DataBundle
 from .diagnose import first_non_finite
@@ -24,9 +25,10 @@ from .errors import Diverged, Interrupted
 from .evaluate import evaluate
 from .files import write_atomic
 from .learner import Learner
-from .optimizer import OptimizerPair, build_optimizer
+from .optimizer import OptimizerPair, build_optimizer, rates
 from .record import CHECKPOINT, METRICS
 from .teachers import Teachers
+from .tensorboard import Charts
 from .tensors import write_checkpoint
 from .training_step import TrainingStep
 
@@ -46,6 +48,7 @@ class Surroundings:
         stop: the number of the signal that asked for an end, or None.
         checkpoint_seconds: longest time between two checkpoints.
         started: facts decided at the stage's start, kept in every checkpoint.
+        charts: where each epoch is charted, if anywhere.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Surroundings:
     stop: Callable[[], int | None]
     checkpoint_seconds: float
     started: dict[str, Any] = field(default_factory=dict)
+    charts: Charts | None = None
 
 
 @dataclass
@@ -159,6 +163,8 @@ def fit(
         _require_finite(torch.tensor(at.history[-1]["val_loss"]), learner, x, around, at, per_epoch)
         _write_history(around.workdir, at.history)
         _save(learner, optimizer, at, around, device)
+        if around.charts is not None and world.rank() == 0:
+            around.charts.epoch(learner.student, data, at.history)
         saved = time.monotonic()
         last = at.history[-1]
         around.notify(
@@ -198,9 +204,10 @@ def _end_epoch(
             "train_loss": means.pop("total"),
             **{f"train_{name}": value for name, value in means.items()},
             **oscillation_shares(learner),
+            **({"scales": found} if (found := scales(learner.student)) else {}),
             "val_loss": val_loss,
             "val_top1": val_top1,
-            "lr": optimizer.param_groups[0]["lr"],
+            **rates(optimizer),
             "seconds": round(at.seconds, 3),
             "images_per_second": round(images / max(at.seconds, 1e-9), 1),
         }

@@ -52,7 +52,8 @@ def build_optimizer(
 ) -> Optimizer | OptimizerPair:
     """Groups: weights; biases and batch norm, without decay; quantizer parameters by their rates.
 
-    Each group holds its own base rate as "base_lr"; `set_lr` multiplies it.
+    Each group holds its own base rate as "base_lr"; `set_lr` multiplies it. Those of quantizer
+    parameters have "quantizers".
     """
     decaying = {id(p) for q in quantizers(student).values() if q.decays for p in q.parameters()}
     steps = [(name, p, id(p) in decaying) for name, p in quantizer_parameters(student)]
@@ -79,6 +80,12 @@ def set_lr(optimizer: Optimizer | OptimizerPair, factor: float) -> None:
         group["lr"] = group["base_lr"] * factor
 
 
+def rates(optimizer: Optimizer | OptimizerPair) -> dict[str, Any]:
+    """The learning rate now: of the weights, and of each group of quantizer parameters."""
+    steps = [group["lr"] for group in optimizer.param_groups if group.get("quantizers")]
+    return {"lr": optimizer.param_groups[0]["lr"], **({"lr_quantizers": steps} if steps else {})}
+
+
 def global_norm_clip(learner: nn.Module, limit: float) -> None:
     """Scales all gradients down so that their joint L2 norm is at most `limit`."""
     torch.nn.utils.clip_grad_norm_(learner.parameters(), limit)
@@ -91,7 +98,7 @@ def _quantizer_groups(
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter, decays in steps:
         groups.setdefault(_rates(name, train, decays), []).append(parameter)
-    return [_group(parameters, lr, decay) for (lr, decay), parameters in groups.items()]
+    return [{**_group(ps, lr, decay), "quantizers": True} for (lr, decay), ps in groups.items()]
 
 
 def _rates(name: str, train: TrainConfig, decays: bool) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from .record import CHECKPOINT, StageRecord
 from .spec import StageSpec
 from .stages import STAGES, StageContext, StageOutput
 from .store import Store
+from .tensorboard import Charts
 from .tensors import read_checkpoint
 
 
@@ -46,6 +47,7 @@ class Job:
     started: Mapping[str, Any]
     resumes: bool
     weights: Path | None
+    charts: Charts | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def _work(
             stop=stop,
             checkpoint_seconds=job.checkpoint_seconds,
             started=dict(job.started),
+            charts=job.charts,
         ),
         resume=read_checkpoint(workdir / CHECKPOINT) if job.resumes else None,
         weights=job.weights,

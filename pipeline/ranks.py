@@ -8,6 +8,7 @@ for it in the next exchange of gradients.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -22,13 +23,42 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .config import RunConfig
 from .errors import BitladderError, Diverged, Interrupted, StageError
 from .rank_work import Done, Failed, Job, Told
-from .stages import StageOutput
+from .stages import StageContext, StageOutput
 
+log = logging.getLogger(__name__)
 PROGRAM = "bitladder.pipeline.rank"
 LOOK_SECONDS = 0.1  # between two looks at signals
 END_SECONDS = 35.0  # the launcher needs less than one
+
+
+def on_several_devices(context: StageContext, config: RunConfig) -> StageOutput:
+    """Runs a stage in as many processes as it has devices.
+
+    Raises:
+        StageError, Interrupted: see `Ranks.run`.
+    """
+    around, store = context.around, context.store
+    job = Job(
+        spec=context.spec,
+        stage=context.stage,
+        data=(config.data.name, json.dumps(config.data.options, sort_keys=True)),
+        store=(store.root, store.url),
+        parents=context.parents,
+        device=context.device.type,
+        keep_freed_memory=config.runtime.keep_freed_memory,
+        name=around.name,
+        checkpoint_seconds=around.checkpoint_seconds,
+        started=around.started,
+        resumes=context.resume is not None,
+        weights=context.weights,
+        charts=around.charts,
+    )
+    log.debug("phase start of %d processes", context.stage.train.devices)
+    with Ranks(context.stage.train.devices) as ranks:
+        return ranks.run(job, around.notify, around.stop)
 
 
 class Ranks:

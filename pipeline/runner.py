@@ -32,12 +32,12 @@ from .fit import Surroundings
 from .interruption import Interruption
 from .machine import choose_device, describe, device_mistakes, keep_freed_memory, own_threads
 from .network_check import check_networks
-from .rank_work import Job
-from .ranks import Ranks
+from .ranks import on_several_devices
 from .record import CHECKPOINT, METRICS, StageRecord
 from .spec import Plan, PlannedStage, StageSpec
-from .stages import STAGES, StageContext, StageOutput
+from .stages import STAGES, StageContext
 from .store import Store
+from .tensorboard import chart_result, charts_of, require_tensorboard
 from .tensors import read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -133,6 +133,7 @@ def open_ladder(
     """
     store = store if isinstance(store, Store) else Store(store)
     if not of_study:
+        require_tensorboard(config.runtime)
         forget_listings()  # in a long session the files may have changed since the last ladder
         load_data.cache_clear()
     plan = plan_so_far(config, store.find)
@@ -182,6 +183,7 @@ def run_stage(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None
     record, known = found_or_made(ladder, stage, stage.spec, stop)
     kind: EventKind = "reused" if known else "finished"
     ladder.event(stage, kind=kind, fraction=1.0, metrics=dict(record.metrics))
+    chart_result(ladder.store, ladder.plan, stage, record)
     if ladder.packs:
         packed, known = found_or_made(ladder, stage, pack_spec(stage.key), stop)
         if not known:
@@ -246,12 +248,13 @@ def _work(
             stop=stop,
             checkpoint_seconds=config.runtime.checkpoint_seconds,
             started={"device": str(device), "threads": threads},
+            charts=charts_of(store, ladder.plan, stage),
         ),
         resume=resume,
         weights=Path(model.weights) if model.weights and spec.options.get("weights") else None,
     )
     if trains and settings.train.devices > 1 and epochs:
-        output = _on_several_devices(context, config)
+        output = on_several_devices(context, config)
     else:
         cuda = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
@@ -277,27 +280,6 @@ def _work(
         created=now(),
     )
     return store.commit(record)
-
-
-def _on_several_devices(context: StageContext, config: RunConfig) -> StageOutput:
-    around, store = context.around, context.store
-    job = Job(
-        spec=context.spec,
-        stage=context.stage,
-        data=(config.data.name, json.dumps(config.data.options, sort_keys=True)),
-        store=(store.root, store.url),
-        parents=context.parents,
-        device=context.device.type,
-        keep_freed_memory=config.runtime.keep_freed_memory,
-        name=around.name,
-        checkpoint_seconds=around.checkpoint_seconds,
-        started=around.started,
-        resumes=context.resume is not None,
-        weights=context.weights,
-    )
-    log.debug("phase start of %d processes", context.stage.train.devices)
-    with Ranks(context.stage.train.devices) as ranks:
-        return ranks.run(job, around.notify, around.stop)
 
 
 def _set_up(

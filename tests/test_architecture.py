@@ -33,12 +33,14 @@ HOMES = {
     ),
     "onnx": ("quant/export/onnx_*",),
     "openvino": ("quant/export/openvino_ir.py",),
+    "tensorboard": ("pipeline/tensorboard.py",),
     "yaml": ("pipeline/config*", "pipeline/plan*", "pipeline/yaml_reader.py"),
     "pandas": ("pipeline/report*", "pipeline/study/*"),
     "scipy": ("pipeline/study/statistics.py",),
     "matplotlib": ("pipeline/study/figure.py",),
 }
-HEAVY = {"torchvision", "prefect", "pandas", "matplotlib", "scipy", "sklearn"}  # up to seconds each
+# up to seconds each
+HEAVY = {"torchvision", "prefect", "pandas", "matplotlib", "scipy", "sklearn", "tensorboard"}
 MAX_LINES = 400
 # not inside a longer path or word: only what begins at the root of a file system
 MACHINE_PATHS = re.compile(r"(?<![\w.*-])/(?:work|root|tmp/(?:bash|dev))\b|\.\./shared")
