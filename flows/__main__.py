@@ -13,6 +13,7 @@ from .options import (
     DEFAULT_STORE,
     ConfigArgument,
     DatabaseOption,
+    RunArgument,
     RunnerOption,
     SetOption,
     StoreOption,
@@ -93,6 +94,24 @@ def list_(
     from .commands import list_runs
 
     list_runs(open_store(store, database, verbose))
+
+
+@app.command()
+def watch(
+    run: RunArgument = None,
+    store: StoreOption = DEFAULT_STORE,
+    database: DatabaseOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Follow a ladder that runs in another terminal, until it is done; then show its table.
+
+    It reads the store and holds nothing of it: training does not notice. Where
+    the ladder is killed or stopped it says so and waits for a resume; where a
+    stage fails it ends with code 1.
+    """
+    from .watch import watch_run
+
+    watch_run(run, open_store(store, database, verbose))
 
 
 @app.command()
