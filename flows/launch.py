@@ -15,7 +15,7 @@ from ..pipeline.interruption import Interruption
 from ..pipeline.report import REPORTS, accuracy_report, write_report
 from ..pipeline.run import Run
 from ..pipeline.runner import Ladder, open_ladder, run_ladder, run_stage, stages_in_turn
-from ..pipeline.spec import PlannedStage
+from ..pipeline.spec import Plan, PlannedStage
 from ..pipeline.store import Store
 from .prefect_ladder import run_flow
 from .prefect_server import temporary_api
@@ -73,14 +73,19 @@ def _run_in_prefect(ladder: Ladder) -> None:
 
         run_flow(
             plan.run,
-            str(store.root.resolve()),
+            store,
             [_spec(stage) for stage in plan.stages],
             run_one,
             api_url=api.wait(),
+            total=len(plan.stages) if plan.complete else 0,
             later=later(),
             listener=ladder.listener,
-            tags=[plan.name],
+            tags=[plan.name, plan.config.data.name, *sorted(_models(plan))],
         )
+
+
+def _models(plan: Plan) -> set[str]:
+    return {str(stage.spec.options["model"]["name"]) for stage in plan.stages}
 
 
 def _spec(stage: PlannedStage) -> dict[str, Any]:

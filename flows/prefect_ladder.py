@@ -1,4 +1,4 @@
-"""A ladder as a Prefect flow: a task a stage, and artifacts that show how it goes.
+"""A ladder as a Prefect flow: a task a stage.
 
 Prefect watches; it decides nothing. Whether a stage is done is the store's answer, so no result
 is cached or persisted here, and a server that goes away takes nothing with it.
@@ -7,19 +7,19 @@ is cached or persisted here, and a server that goes away takes nothing with it.
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
 from ..pipeline.errors import Interrupted
 from ..pipeline.events import Event, Listener
+from ..pipeline.store import Store
+from .prefect_artifacts import Artifacts
 from .prefect_manners import SigtermHandler, drained, quiet
 from .prefect_server import quieten_prefect
-from .progress import broadcast, describe, filled, heading, throttled
+from .progress import broadcast, heading
 
 log = logging.getLogger(__name__)
-ARTIFACT_SECONDS = 5.0  # between two updates of a progress artifact; one costs 7 ms
 
 Stage = dict[str, Any]  # JSON values; "name" is required
 Record = dict[str, Any]
@@ -28,11 +28,12 @@ RunOne = Callable[[Stage, Listener], Record]
 
 def run_flow(
     run_id: str,
-    store: str,
+    store: Store,
     stages: Sequence[Stage],
     run_one: RunOne,
     *,
     api_url: str,
+    total: int = 0,
     later: Iterable[Stage] = (),
     listener: Listener = lambda event: None,
     tags: Sequence[str] = (),
@@ -43,9 +44,10 @@ def run_flow(
     from the main thread: stages run in it, under the signal handlers that are installed now.
 
     Args:
-        store: where the store is, shown among the flow run's parameters.
+        store: what is shown of the run is read from there.
         run_one: runs one stage, telling the listener it is given; called in this process.
         api_url: the Prefect API to report to, see `prefect_server.temporary_api`.
+        total: how many stages the ladder has; 0 while that depends on results.
         later: further stages, each asked for when those before it are done.
         listener: hears all events of all stages.
         tags: of the flow run, besides the run's id and "bitladder".
@@ -70,32 +72,36 @@ def run_flow(
     records: list[Record] = []
     causes: list[BaseException] = []
     coming = _Coming(chain(stages, later), causes)
-    artifacts = _Artifacts(run_id)
+    artifacts = Artifacts(run_id, store)
     hear = broadcast(listener, artifacts)
     sigterm = SigtermHandler()
 
-    @task(name="stage", cache_policy=NO_CACHE, persist_result=False, retries=0)
+    @task(name="rung", cache_policy=NO_CACHE, persist_result=False, retries=0)
     def stage(stage: Stage, store: str) -> Record:
+        position = len(records)
         try:
             record = run_one(stage, hear)
         except BaseException as error:
             causes.append(error)
+            artifacts.stage_failed(position, stage["name"], error)
             raise
         records.append(record)
-        artifacts.stage_done(len(records) - 1, stage["name"], record)
+        artifacts.stage_done(position, stage["name"])
         return record
 
     @flow(name="ladder", flow_run_name=lambda: run_id, persist_result=False, retries=0)
     def ladder(run_id: str, store: str, stages: list[Stage]) -> None:
         # tags on tasks are concurrency limits: the server would be asked for a slot at each
         with sigterm.installed(), TagsContext(current_tags=set()):
+            artifacts.begin()
             while (spec := coming.stage(len(records))) is not None:
-                name = f"{len(records)}-{spec['name']}".replace("{", "{{").replace("}", "}}")
-                stage.with_options(task_run_name=name)(spec, store)  # a format string
+                name = heading(Event("started", spec["name"], len(records), total))
+                template = f"{name} of {run_id}".replace("{", "{{").replace("}", "}}")
+                stage.with_options(task_run_name=template)(spec, store)
 
     try:
         with settings, tagged(run_id, "bitladder", *tags), quiet(), drained():
-            ladder(run_id, store, list(stages))
+            ladder(run_id, str(store.root.resolve()), list(stages))
     except TerminationSignal as error:
         if coming.stage(len(records)) is not None:
             raise Interrupted(error.signal) from None
@@ -130,79 +136,3 @@ class _Coming:
                 self._causes.append(error)
                 raise
         return self._last[1]
-
-
-class _Artifacts:
-    """Shows a run's stages as Prefect artifacts: a listener.
-
-    Never raises: at the first failure it warns, and stays silent from then on.
-    """
-
-    def __init__(self, run_id: str) -> None:
-        self._run_id = run_id
-        self._rows: list[dict[str, Any]] = []
-        self._row: Mapping[str, Any] = {}
-        self._progress: Any = None
-        self._works = True
-        self._tell = filled(throttled(self._show, seconds=ARTIFACT_SECONDS))
-
-    def __call__(self, event: Event) -> None:
-        self._tell(event)  # training waits meanwhile: 7 ms every `ARTIFACT_SECONDS`
-
-    def stage_done(self, position: int, name: str, record: Record) -> None:
-        """Writes the table of all rows so far and the stage's own page."""
-        from prefect.artifacts import create_markdown_artifact, create_table_artifact
-
-        row = _scalars(self._row or record)
-        self._rows.append({"stage": name, **row})
-        self._row = {}
-        table, page = [dict(row) for row in self._rows], _markdown(f"{self._run_id}: {name}", row)
-        stage = f"{position}-{name}"
-        self._try(create_table_artifact, table, key=self._key(stage, "table"))
-        self._try(create_markdown_artifact, page, key=self._key(stage, "report"))
-
-    def _show(self, event: Event) -> None:
-        from prefect import get_run_logger
-        from prefect.artifacts import create_progress_artifact, update_progress_artifact
-
-        self._try(lambda: get_run_logger().info(describe(event)))
-        if event.kind in ("finished", "reused"):
-            self._row = event.metrics
-        percent = 100.0 if event.kind == "finished" else 100 * event.fraction
-        if event.kind == "started":
-            key = self._key(f"{event.position}-{event.stage}", "progress")
-            self._progress = self._try(
-                create_progress_artifact, percent, key=key, description=heading(event)
-            )
-        elif event.kind in ("step", "epoch", "finished") and self._progress is not None:
-            self._try(
-                update_progress_artifact, self._progress, percent, description=describe(event)
-            )
-
-    def _key(self, *words: str) -> str:
-        return re.sub(r"[^a-z0-9]+", "-", "-".join([self._run_id, *words]).lower()).strip("-")
-
-    def _try(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        if not self._works:
-            return None
-        try:
-            return call(*args, **options)
-        except Exception as error:
-            self._works = False  # for good: each further call would wait for a dead server
-            log.warning("Prefect takes no artifacts (%s); the ladder goes on", error)
-            return None
-
-
-def _scalars(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in row.items() if isinstance(v, str | int | float | bool | None)}
-
-
-def _markdown(title: str, row: Mapping[str, Any]) -> str:
-    lines = [f"| {name} | {_cell(name, value)} |" for name, value in row.items()]
-    return "\n".join([f"## {title}", "", "| | |", "|---|---|", *lines, ""])
-
-
-def _cell(name: str, value: Any) -> str:
-    if isinstance(value, float):
-        return f"{100 * value:.2f} %" if "top1" in name or "top5" in name else f"{value:.6g}"
-    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,5 +1,6 @@
 """These start real servers: a new one answers after 4 s on an idle machine."""
 
+import json
 import os
 import secrets
 import signal
@@ -9,10 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
+from bitladder.flows.launch import launch
 from bitladder.flows.prefect_ladder import run_flow
 from bitladder.flows.prefect_server import TemporaryServer, configured_url, temporary_api
-from bitladder.pipeline.errors import BitladderError
+from bitladder.pipeline.config_load import parse_config
+from bitladder.pipeline.derived import pack_spec
+from bitladder.pipeline.errors import BitladderError, Diverged
 from bitladder.pipeline.events import Event
+from bitladder.pipeline.plan import make_plan
+from bitladder.pipeline.record import PACKED
+from bitladder.pipeline.store import Store
 
 STAGES = [{"name": "fp32"}, {"name": "w8a8"}]
 
@@ -30,9 +37,23 @@ def home(request):
 
 
 @pytest.fixture
-def run_id():
-    """New each time: the database outlives the test run."""
-    return f"digits-{secrets.token_hex(4)}"
+def store(tmp_path):
+    return Store(tmp_path / "artifacts")
+
+
+def ladder_of(*rungs):
+    """Its name is new each time: Prefect's database outlives the test run."""
+    name = f"digits-{secrets.token_hex(4)}"
+    widths = [{"weight_bits": bits, "activation_bits": bits, **options} for bits, options in rungs]
+    return parse_config(
+        {"name": name, "model": "tiny_convnet", "train": {"epochs": 1}, "ladder": widths}
+    )
+
+
+@pytest.fixture
+def run_id(store):
+    """A ladder of `STAGES` in the store, of which nothing is done."""
+    return store.register(make_plan(ladder_of((32, {}), (8, {})))).run
 
 
 @pytest.fixture(scope="module")
@@ -173,26 +194,60 @@ def test_where_nothing_names_a_server_prefect_is_not_imported_to_find_out(monkey
 
 
 @pytest.mark.flow
-def test_a_flow_gives_the_records_in_order_and_shows_tasks_and_artifacts(server, run_id):
+def test_a_flow_gives_the_records_in_order_and_shows_tasks_that_say_rung_and_ladder(
+    server, store, run_id
+):
     heard = []
-    records = run_flow(run_id, "store", STAGES, run_one, api_url=server.url, listener=heard.append)
-    run, tasks, artifacts = read_run(server, run_id)
+    records = run_flow(
+        run_id, store, STAGES, run_one, api_url=server.url, total=2, listener=heard.append
+    )
+    run, tasks, _ = read_run(server, run_id)
     assert records == [{"name": "fp32", "sha256": "0f"}, {"name": "w8a8", "sha256": "0f"}]
     assert [event.kind for event in heard] == ["started", "epoch", "finished"] * 2
     assert run.state.is_completed()
     assert {run_id, "bitladder"} <= set(run.tags)
-    assert run.parameters == {"run_id": run_id, "store": "store", "stages": STAGES}
+    assert run.parameters == {
+        "run_id": run_id,
+        "store": str(store.root.resolve()),
+        "stages": STAGES,
+    }
     assert [(task.name, task.state_name) for task in tasks] == [
-        ("0-fp32", "Completed"),
-        ("1-w8a8", "Completed"),
+        (f"1/2 fp32 of {run_id}", "Completed"),
+        (f"2/2 w8a8 of {run_id}", "Completed"),
     ]
-    assert sorted(artifacts) == [
-        f"{run_id}-{stage}-{what}"
-        for stage in ("0-fp32", "1-w8a8")
-        for what in ("progress", "report", "table")
-    ]
-    assert artifacts[f"{run_id}-1-w8a8-progress"].data == 100
-    assert "| test_top1 | 91.25 % |" in artifacts[f"{run_id}-1-w8a8-report"].data
+
+
+@pytest.mark.flow
+def test_artifacts_say_what_is_done_what_failed_and_how_to_go_on(server, store, monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", server.url)
+    config = ladder_of((32, {}), (8, {"train": {"optimizer": {"lr": 1e30}}}))
+    with pytest.raises(Diverged):
+        launch(config, store, runner="prefect", listener=lambda event: None)
+    run = store.run()
+    flow_run, _, artifacts = read_run(server, run.run)
+    assert {"bitladder", run.run, config.name, "digits", "tiny_convnet"} == set(flow_run.tags)
+    assert {key.removeprefix(f"{run.run}-"): each.type for key, each in artifacts.items()} == {
+        "table": "table",
+        "reports": "markdown",  # so Prefect stores links
+        "1-fp32": "markdown",
+        "1-fp32-progress": "progress",
+        "1-fp32-file": "markdown",
+        "2-w8a8": "markdown",
+        "2-w8a8-progress": "progress",
+    }
+    data = {key.removeprefix(f"{run.run}-"): each.data for key, each in artifacts.items()}
+    done, failed = json.loads(data["table"])
+    top1 = 100 * store.results(run)[0]["test_top1"]
+    assert (done["stage"], done["state"], done["test %"]) == ("fp32", "done", f"{top1:.2f}")
+    assert (failed["stage"], failed["state"], failed["test %"]) == ("w8a8", "failed", "")
+    assert f"**{top1:.2f} %** of the test images" in data["1-fp32"]
+    file = store.stages.resolve() / pack_spec(run.trained[0]).key / PACKED
+    assert data["1-fp32-file"] == f"[{file}]({file.as_uri()})"
+    assert "> the loss is" in data["2-w8a8"]
+    assert f"bitladder resume {run.run} --store" in data["2-w8a8"]
+    assert data["1-fp32-progress"] == 100
+    assert data["2-w8a8-progress"] < 100
+    assert "failed: the loss is" in artifacts[f"{run.run}-2-w8a8-progress"].description
 
 
 class Unusual(Exception):
@@ -205,14 +260,14 @@ class Unusual(Exception):
 
 @pytest.mark.flow
 @pytest.mark.parametrize("error", [Unusual(lock=iter([])), KeyboardInterrupt()], ids=["own", "^C"])
-def test_an_error_comes_out_as_itself_and_the_run_is_recorded(server, run_id, capfd, error):
+def test_an_error_comes_out_as_itself_and_the_run_is_recorded(server, store, run_id, capfd, error):
     def fail(stage, tell):
         if stage["name"] == "w8a8":
             raise error
         return {}
 
     with pytest.raises(type(error)) as caught:
-        run_flow(run_id, "store", STAGES, fail, api_url=server.url)
+        run_flow(run_id, store, STAGES, fail, api_url=server.url)
     run, tasks, _ = read_run(server, run_id)
     assert caught.value is error
     assert run.state.is_failed() or run.state.is_crashed()
@@ -222,7 +277,7 @@ def test_an_error_comes_out_as_itself_and_the_run_is_recorded(server, run_id, ca
 
 
 @pytest.mark.flow
-def test_the_callers_sigterm_handler_is_in_effect_while_a_stage_runs(server, run_id):
+def test_the_callers_sigterm_handler_is_in_effect_while_a_stage_runs(server, store, run_id):
     stopped = []
 
     def run_and_stop(stage, tell):
@@ -232,7 +287,7 @@ def test_the_callers_sigterm_handler_is_in_effect_while_a_stage_runs(server, run
     handler = lambda number, frame: stopped.append(number)  # noqa: E731
     before = signal.signal(signal.SIGTERM, handler)
     try:
-        records = run_flow(run_id, "store", STAGES, run_and_stop, api_url=server.url)
+        records = run_flow(run_id, store, STAGES, run_and_stop, api_url=server.url)
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -247,21 +302,23 @@ def growing(done):
 
 
 @pytest.mark.flow
-def test_later_stages_are_asked_for_when_those_before_them_are_done(server, run_id):
+def test_later_stages_are_asked_for_when_those_before_them_are_done(server, store, run_id):
     done = []
 
     def run_and_note(stage, tell):
         done.append(stage["name"])
         return stage
 
-    run_flow(run_id, "store", STAGES, run_and_note, api_url=server.url, later=growing(done))
+    run_flow(run_id, store, STAGES, run_and_note, api_url=server.url, later=growing(done))
     names = ["fp32", "w8a8", "later-0", "later-1", "later-2"]
     assert done == names
     _, tasks, _ = read_run(server, run_id)
-    assert [task.name for task in tasks] == [f"{n}-{name}" for n, name in enumerate(names)]
+    assert [task.name for task in tasks] == [
+        f"rung {n} {name} of {run_id}" for n, name in enumerate(names, 1)
+    ]
 
 
-def test_a_prefect_that_fails_loses_no_later_stage_and_no_error_in_finding_one(home, run_id):
+def test_a_prefect_that_fails_loses_no_later_stage_and_no_error_in_finding_one(home, store, run_id):
     done = []
 
     def run_and_note(stage, tell):
@@ -275,7 +332,7 @@ def test_a_prefect_that_fails_loses_no_later_stage_and_no_error_in_finding_one(h
     with pytest.raises(LookupError, match="no next rung"):
         run_flow(
             run_id,
-            "store",
+            store,
             STAGES,
             run_and_note,
             api_url="http://127.0.0.1:9/api",
@@ -284,8 +341,8 @@ def test_a_prefect_that_fails_loses_no_later_stage_and_no_error_in_finding_one(h
     assert done[2:] == ["later-0", "later-1", "later-2"]
 
 
-def test_a_prefect_that_fails_costs_a_warning_and_no_stage(home, run_id, caplog):
-    records = run_flow(run_id, "store", STAGES, run_one, api_url="http://127.0.0.1:9/api")
+def test_a_prefect_that_fails_costs_a_warning_and_no_stage(home, store, run_id, caplog):
+    records = run_flow(run_id, store, STAGES, run_one, api_url="http://127.0.0.1:9/api")
     assert [record["name"] for record in records] == ["fp32", "w8a8"]
     assert len([r for r in caplog.records if "goes on without it" in r.message]) == 1
 
@@ -296,6 +353,7 @@ from pathlib import Path
 from bitladder.flows.prefect_ladder import run_flow
 from bitladder.flows.prefect_server import TemporaryServer
 from bitladder.pipeline.events import Event
+from bitladder.pipeline.store import Store
 
 server = TemporaryServer(Path(sys.argv[1]) / "server.log")
 server.start()
@@ -307,14 +365,15 @@ def kill_and_run(stage, tell):
     return stage
 
 stages = [{"name": "fp32"}, {"name": "w8a8"}]
-print(run_flow("dies", "store", stages, kill_and_run, api_url=server.wait()))
+store = Store(sys.argv[2])
+print(run_flow(sys.argv[3], store, stages, kill_and_run, api_url=server.wait()))
 """
 
 
 @pytest.mark.slow  # Prefect's threads try for half a minute to reach the server
 @pytest.mark.flow
-def test_a_server_that_dies_takes_no_stage_with_it(home, tmp_path):
-    command = [sys.executable, "-c", DIES, str(tmp_path)]
+def test_a_server_that_dies_takes_no_stage_with_it(home, tmp_path, store, run_id):
+    command = [sys.executable, "-c", DIES, str(tmp_path), str(store.root), run_id]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "[{'name': 'fp32'}, {'name': 'w8a8'}]\n"
     assert done.stderr.count("Prefect takes no artifacts") == 1

@@ -1,0 +1,213 @@
+"""What Prefect's pages show of a ladder: its table, and of each rung a bar and a page; and links.
+
+All of it is read from the store, as `bitladder report` reads it: a page says nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID
+
+from ..pipeline.derived import pack_spec
+from ..pipeline.errors import StageError
+from ..pipeline.events import Event
+from ..pipeline.record import PACKED
+from ..pipeline.store import Store
+from .progress import describe, filled, heading, throttled
+from .resume_command import resume_command
+
+log = logging.getLogger(__name__)
+ARTIFACT_SECONDS = 5.0  # between two updates of a progress artifact; one costs 7 ms
+# Prefect's table squeezes its columns into the page: those that a ladder is judged by
+_TABLE = ("stage", "state", "W", "A", "teacher", "test %", "drop", "packed %", "size kB", "ratio")
+_LABELS = {
+    "W": "weight bits",
+    "A": "activation bits",
+    "val %": "validation, %",
+    "test %": "test, %",
+    "drop": "drop against FP32, points",
+    "levels": "levels used, weights / activations",
+    "packed %": "test of the packed network, %",
+    "size kB": "packed size, kB",
+    "ratio": "times smaller than float32",
+    "Gbitops": "bit operations an image, 10^9",
+}
+_LOCAL = "On the machine that ran the ladder; most browsers want the path copied, not clicked."
+
+
+class Artifacts:
+    """Shows a ladder as Prefect artifacts: a listener, used inside its flow run.
+
+    Never raises: at the first failure it warns, and stays silent from then on.
+    """
+
+    def __init__(self, run_id: str, store: Store) -> None:
+        self._run_id, self._store = run_id, store
+        self._table: UUID | None = None
+        self._progress: UUID | None = None
+        self._works = True
+        self._tell = filled(throttled(self._show, seconds=ARTIFACT_SECONDS))
+
+    def __call__(self, event: Event) -> None:
+        """Hears an event; training waits meanwhile: 7 ms every `ARTIFACT_SECONDS`."""
+        self._tell(event)
+
+    def begin(self) -> None:
+        """Shows all rungs as they stand, and where the reports will be."""
+        self._try(self._begin)
+
+    def stage_done(self, position: int, name: str) -> None:
+        """Brings the table up to date, writes the rung's page, and links to the file to ship."""
+        self._progress = None
+        self._try(self._update_table)
+        self._try(self._write_page, position, name)
+
+    def stage_failed(self, position: int, name: str, error: BaseException) -> None:
+        """Brings the table up to date, and says on the rung's page why, and how to go on."""
+        self._try(self._update_table)
+        if isinstance(error, Exception):
+            self._try(self._write_failure, position, name, error)
+
+    def _begin(self) -> None:
+        from prefect.artifacts import create_link_artifact, create_table_artifact
+
+        folder = (self._store.reports / self._run_id).resolve()
+        self._table = create_table_artifact(
+            self._rows(),
+            key=self._key("table"),
+            description=f"The rungs of {self._run_id}. Accuracies in percent, drop against FP32 in "
+            f"points. More columns: `bitladder report {self._run_id}`",
+        )
+        create_link_artifact(
+            folder.as_uri(), str(folder), key=self._key("reports"), description=f"Reports. {_LOCAL}"
+        )
+
+    def _update_table(self) -> None:
+        if self._table is not None:
+            _update(self._table, data=json.dumps(self._rows()))
+
+    def _rows(self) -> list[dict[str, str]]:
+        from ..pipeline.report import people
+
+        shown = people(self._frame())
+        return shown[[column for column in _TABLE if column in shown]].to_dict("records")
+
+    def _write_page(self, position: int, name: str) -> None:
+        from prefect.artifacts import create_link_artifact, create_markdown_artifact
+
+        from ..pipeline.report import people
+
+        frame = self._frame().iloc[[position]]
+        row: dict[str, Any] = frame.iloc[0].to_dict()
+        page = rung_page(f"{self._run_id}: {name}", people(frame).iloc[0].to_dict(), row)
+        words = (str(position + 1), name)
+        create_markdown_artifact(page, key=self._key(*words))
+        file = (self._store.stages / pack_spec(row["key"]).key / PACKED).resolve()
+        if file.is_file():
+            create_link_artifact(
+                file.as_uri(),
+                str(file),
+                key=self._key(*words, "file"),
+                description=f"{name}, the file to ship. {_LOCAL}",
+            )
+
+    def _write_failure(self, position: int, name: str, error: Exception) -> None:
+        from prefect.artifacts import create_markdown_artifact
+
+        page = failure_page(
+            f"{self._run_id}: {name}", error, resume_command(self._store, self._run_id)
+        )
+        create_markdown_artifact(page, key=self._key(str(position + 1), name))
+
+    def _frame(self) -> Any:
+        from ..pipeline.report import accuracy_report
+
+        return accuracy_report(self._store, self._run_id)
+
+    def _show(self, event: Event) -> None:
+        from prefect import get_run_logger
+        from prefect.artifacts import create_progress_artifact
+
+        self._try(lambda: get_run_logger().info(describe(event)))
+        if event.kind == "started":
+            self._try(self._update_table)
+            key = self._key(str(event.position + 1), event.stage, "progress")
+            self._progress = self._try(
+                create_progress_artifact, 100 * event.fraction, key=key, description=heading(event)
+            )
+        elif event.kind in ("step", "epoch", "finished", "failed") and self._progress is not None:
+            # what failed keeps its share: the event does not know it
+            share = {} if event.kind == "failed" else {"data": 100 * event.fraction}
+            self._try(_update, self._progress, description=describe(event), **share)
+
+    def _key(self, *words: str) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", "-".join([self._run_id, *words]).lower()).strip("-")
+
+    def _try(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if not self._works:
+            return None
+        try:
+            return call(*args, **options)
+        except Exception as error:
+            self._works = False  # for good: each further call would wait for a dead server
+            log.warning("Prefect takes no artifacts (%s); the ladder goes on", error)
+            return None
+
+
+def rung_page(title: str, shown: dict[str, str], row: dict[str, Any]) -> str:
+    """A finished rung as Markdown.
+
+    Args:
+        shown: its row as `pipeline.report.people` has it.
+        row: the same with all columns, accuracies as fractions.
+    """
+    facts = {_LABELS.get(name, name): text for name, text in shown.items() if text}
+    further = ("model", "device", "key", "note")
+    facts |= {name: row[name] for name in further if isinstance(row[name], str)}
+    lines = [f"| {name} | {_cell(text)} |" for name, text in facts.items()]
+    return "\n".join([f"## {title}", *_headline(shown), "", "| | |", "|---|---|", *lines, ""])
+
+
+def failure_page(title: str, error: Exception, resume: str) -> str:
+    """Why a rung stopped and how to go on, as Markdown.
+
+    Args:
+        resume: the command that goes on with the ladder.
+    """
+    cause = error.cause if isinstance(error, StageError) else str(error) or type(error).__name__
+    hint = error.hint if isinstance(error, StageError) else ""
+    quoted = [f"> {line}" for line in cause.splitlines()]
+    way_out = [f"What is done is kept. {_sentence(hint)}".rstrip(), "", "Go on with:"]
+    lines = [f"## {title} stopped", "", *quoted, "", *way_out, "", "```", resume, "```", ""]
+    return "\n".join(lines)
+
+
+def _headline(shown: dict[str, str]) -> list[str]:
+    if not shown["test %"]:
+        return []
+    text = f"**{shown['test %']} %** of the test images are classified right"
+    if shown["drop"]:
+        text += f", a drop of {shown['drop']} points against FP32"
+    if shown["size kB"]:
+        text += f"; the packed file has **{shown['size kB']} kB**"
+    return ["", f"{text}."]
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _update(artifact: UUID, **values: Any) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import ArtifactUpdate
+
+    with get_client(sync_client=True) as client:
+        client.update_artifact(artifact, ArtifactUpdate(**values))
