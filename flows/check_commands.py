@@ -127,6 +127,7 @@ def verify_store(name: str | None, store: Store) -> None:
 def _files_match(run: Run | None, store: Store) -> bool:
     """Whether every file of a run, or of all, matches its checksum; says which do not."""
     keys = [*run.trained, *run.packed] if run else store.keys()
+    keys += [key for key in run.looks if (store.stages / key).is_dir()] if run else []
     if not keys and not store.root.is_dir():
         raise StoreError(f"there is no store {store.root}")
     bad = files = stages = 0

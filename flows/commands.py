@@ -265,7 +265,7 @@ def _report_table(shown: Any) -> Table:
 
 def print_files(store: Store, run: Run) -> None:
     """Where everything lies."""
-    for key in chain.from_iterable(zip(run.trained, run.packed, strict=True)):
+    for key in chain.from_iterable(zip(run.trained, run.packed, run.looks, strict=True)):
         record = store.read(key)
         for name in record.files if record else ():
             print(store.stages / key / name)
@@ -300,7 +300,7 @@ def _removable(store: Store) -> list[tuple[Path, str]]:
     if not store.stages.is_dir():
         return []
     found = [(path, "half written by a process that was killed") for path in store.leftovers()]
-    used = {key for run in store.runs() for key in (*run.trained, *run.packed)}
+    used = {key for run in store.runs() for key in (*run.trained, *run.packed, *run.looks)}
     used |= {key for study in study_records(store) for key in study.keys}
     if store.damaged_runs() or damaged_studies(store):  # whose stages would seem to be nobody's
         used |= {path.name.partition(".")[0] for path in store.stages.iterdir()}

@@ -13,6 +13,7 @@ PACKED_FORMAT = 1  # of packed files; a higher one was written by a newer Bitlad
 PACK_RECIPE = 2
 EXPORT_RECIPE = 1
 BENCH_RECIPE = 1
+LOOK_RECIPE = 1
 MOST_FLIPS = 0.002  # of the test split
 # of the files of each format to ship, the main one first
 SUFFIXES = {"packed": (".safetensors",), "onnx": (".onnx",), "openvino": (".xml", ".bin")}
@@ -30,6 +31,26 @@ def pack_spec(trained: str) -> StageSpec:
         options={"format": PACKED_FORMAT, "recipe": PACK_RECIPE},
         parents={"network": trained},
     )
+
+
+def look_spec(trained: str, teachers: Sequence[str]) -> StageSpec:
+    """The stage that looks inside a trained one, whose key is given, and compares it with others.
+
+    Args:
+        teachers: their keys; see `teacher_keys`.
+    """
+    roles = ["teacher"] if len(teachers) == 1 else [f"teacher-{n}" for n in range(len(teachers))]
+    return StageSpec(
+        kind="look",
+        options={"recipe": LOOK_RECIPE},
+        parents={"network": trained, **dict(zip(roles, teachers, strict=True))},
+    )
+
+
+def teacher_keys(parents: Mapping[str, str]) -> list[str]:
+    """The keys of those among a trained stage's parents that taught it, or could have."""
+    roles = [role for role in parents if role.startswith(("teacher", "candidate"))]
+    return [parents[role] for role in sorted(roles, key=lambda role: (len(role), role))]
 
 
 def export_spec(

@@ -18,6 +18,7 @@ METRICS = "metrics.jsonl"
 PROJECTIONS = "projections.safetensors"  # what feature losses learned
 PACKED = "packed.safetensors"  # the file to ship
 SPEEDS = "bench.json"
+LOOK = "look.json"
 CHECKPOINT = "last.pt"
 
 

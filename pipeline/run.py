@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .derived import pack_spec
+from .derived import look_spec, pack_spec, teacher_keys
 from .spec import Plan
 
 
@@ -52,6 +52,13 @@ class Run:
     def packed(self) -> list[str]:
         """The keys of the stages that pack them."""
         return [pack_spec(key).key for key in self.trained]
+
+    @property
+    def looks(self) -> list[str]:
+        """The keys of the stages that look inside them; not all need be there."""
+        parents = [stage["spec"]["parents"] for stage in self.stages]
+        pairs = zip(self.trained, parents, strict=True)
+        return [look_spec(key, teacher_keys(above)).key for key, above in pairs]
 
     def begins_with(self, other: Run) -> bool:
         """Whether the stages of another are the first ones of this."""

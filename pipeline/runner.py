@@ -16,7 +16,7 @@ from .auto_plan import every_rung, plan_so_far, said_of_rungs
 from .config import DataConfig, RunConfig, RuntimeConfig, StageConfig
 from .data import DATASETS, DataBundle
 from .data.listing import forget_listings
-from .derived import pack_spec
+from .derived import look_spec, pack_spec, teacher_keys
 from .errors import (
     BitladderError,
     ConfigError,
@@ -55,7 +55,7 @@ class Ladder:
         plan: of an automatic ladder, as far as it is known; see `stages_in_turn`.
         finished: whether every stage was there, and whole, when the ladder was opened.
         retry_diverged: whether a stage that diverged before is tried again.
-        packs: whether each network is packed into the file to ship.
+        packs: whether each network is packed into the file to ship, and looked into.
     """
 
     plan: Plan
@@ -174,7 +174,7 @@ def _register(store: Store, plan: Plan) -> None:
 
 
 def run_stage(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None]) -> StageRecord:
-    """Runs one stage, or hands back the record that it left before; and packs its network.
+    """Runs one stage, or hands back the record that it left before; packs and looks into it.
 
     Raises:
         StageError: it failed; the cause is noted in the store.
@@ -188,7 +188,21 @@ def run_stage(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None
         packed, known = found_or_made(ladder, stage, pack_spec(stage.key), stop)
         if not known:
             ladder.event(stage, kind="packed", metrics=dict(packed.metrics))
+        _look(ladder, stage, stop)
     return record
+
+
+def _look(ladder: Ladder, stage: PlannedStage, stop: Callable[[], int | None]) -> None:
+    """Looks inside the network, for the pages of reports; without that the ladder goes on."""
+    spec = look_spec(stage.key, teacher_keys(stage.spec.parents))
+    try:
+        found_or_made(replace(ladder, listener=_ignore), stage, spec, stop)
+    except Interrupted:
+        raise
+    except Exception as error:
+        failure = as_stage_error(stage.name, ladder.store, error)
+        cause = failure.cause if isinstance(failure, StageError) else str(failure)
+        ladder.event(stage, kind="message", text=f"not looked into: {cause}")
 
 
 def found_or_made(

@@ -94,7 +94,11 @@ class Split(ABC):
         """Every sample once, in the order of the set, as it is."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        return self._batches(torch.arange(len(self)), batch_size, torch.device(device))
+        return self.samples(torch.arange(len(self)), batch_size, device)
+
+    def samples(self, numbers: Tensor, batch_size: int, device: Device) -> Iterator[Batch]:
+        """The samples of these numbers, (M,) int64, in their order, as they are."""
+        return self._batches(numbers, batch_size, torch.device(device))
 
     def calibration(
         self, batch_size: int, num_batches: int, *, seed: int, augment: bool, device: Device
