@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from math import isinf
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from ..pipeline.errors import ConfigError, StoreError
 from ..pipeline.run import Run
 from ..pipeline.store import Store
 from .resume_command import resume_command
-from .tables import print_table, table_of
+from .tables import print_rows, print_table, table_of
+
+# what a terminal too narrow for the layers does without, the first one first
+_LESS_OF_LAYERS = ("quantizer", "scale", "clip range")
 
 
 def evaluate_file(file: Path, source: str | None, overrides: Sequence[str]) -> None:
@@ -55,7 +59,9 @@ def evaluate_run(name: str | None, stage: str | None, store: Store) -> None:
             f"{result.accuracy.images} images"
         )
         if result.layers:
-            print_table(_layers(result.layers))
+            numbers = ("bits", "scale", "clip range", "levels", "clipped %", "SQNR dB")
+            rows = list(_layers(result.layers))
+            print_rows(rows, right=numbers, dispensable=_LESS_OF_LAYERS)
         packed = store.find(pack_spec(key).key)
         if packed is not None:
             print_table(_costs(packed.metrics))
@@ -66,24 +72,24 @@ def evaluate_run(name: str | None, stage: str | None, store: Store) -> None:
         raise StoreError(f"{stage or 'no stage'} of {run.run} is {'not ' if stage else ''}done yet")
 
 
-def _layers(layers: Sequence[dict[str, Any]]) -> Table:
-    numbers = ("bits", "scale", "clip range", "levels", "clipped %")
-    table = table_of(("layer", "of", "quantizer", *numbers), right=numbers)
+def _layers(layers: Sequence[dict[str, Any]]) -> Iterator[dict[str, str]]:
+    """What the quantizers of each layer do, a row for its weight and one for its input."""
     for layer in layers:
         for half in ("weight", "activation"):
-            if layer[f"{half}_bits"] is None:
+            if layer[f"{half}_quantizer"] is None:
                 continue
-            table.add_row(
-                layer["layer"],
-                half,
-                layer[f"{half}_quantizer"],
-                str(layer[f"{half}_bits"]),
-                f"{layer[f'{half}_scale']:.4g}",
-                f"{layer[f'{half}_low']:.3g} .. {layer[f'{half}_high']:.3g}",
-                str(layer[f"{half}_levels"]),
-                f"{100 * layer[f'{half}_clipped']:.2f}",
-            )
-    return table
+            sqnr = layer[f"{half}_sqnr_db"]
+            yield {
+                "layer": layer["layer"],
+                "of": half,
+                "quantizer": layer[f"{half}_quantizer"],
+                "bits": str(layer[f"{half}_bits"]),
+                "scale": f"{layer[f'{half}_scale']:.4g}",
+                "clip range": f"{layer[f'{half}_low']:.3g} .. {layer[f'{half}_high']:.3g}",
+                "levels": str(layer[f"{half}_levels"]),
+                "clipped %": f"{100 * layer[f'{half}_clipped']:.2f}",
+                "SQNR dB": "none" if sqnr is None or isinf(sqnr) else f"{sqnr:.1f}",
+            }
 
 
 def _costs(metrics: Mapping[str, Any]) -> Table:

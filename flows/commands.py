@@ -19,16 +19,19 @@ from ..pipeline.run import Run
 from ..pipeline.store import Store
 from ..pipeline.study_record import StudyRecord, damaged_studies, study_records, study_state
 from .resume_command import resume_command
-from .tables import coloured, fits, print_table, table_of
+from .tables import bars, coloured, print_rows, print_table, table_of
 
 if TYPE_CHECKING:
     from ..pipeline.spec import Plan
 
-# what a terminal too narrow for the report does without, the first one first
+_BAR = "lost"  # the drop as a bar
+# what a terminal too narrow does without, of a report and of the list, the first one first
 _DISPENSABLE = (
+    _BAR,
     *("Gbitops", "epochs", "ratio", "seconds", "val %", "levels", "size kB", "packed %"),
     *("teacher", "model"),
 )
+_LESS_OF_RUNS = ("created", "seed", "model", "data")
 
 
 def run_config(source: str, overrides: Sequence[str], store: Store, runner: str) -> None:
@@ -153,26 +156,24 @@ def list_runs(store: Store) -> None:
         print(f"no ladder in {store.root} yet; start one with: bitladder run digits")
         return
     if runs:
-        print_table(_runs(runs, store))
+        rows = [_run_row(run, store) for run in runs]
+        print_rows(rows, right=(), dispensable=_LESS_OF_RUNS)
     if studies:
         print_table(_studies(studies, store))
 
 
-def _runs(runs: Sequence[Run], store: Store) -> Table:
-    table = table_of(("run", "state", "done", "data", "model", "seed", "created"))
-    for run in runs:
-        states = [store.state(key)[0] for key in run.trained]
-        state = _state(store, run)
-        table.add_row(
-            run.run,
-            coloured(state),
-            f"{states.count('done')} of {len(states)}",
-            run.config["data"]["name"],
-            ", ".join(dict.fromkeys(s["spec"]["options"]["model"]["name"] for s in run.stages)),
-            str(run.config["seed"]),
-            run.created[:16].replace("T", " "),
-        )
-    return table
+def _run_row(run: Run, store: Store) -> dict[str, str]:
+    states = [store.state(key)[0] for key in run.trained]
+    models = dict.fromkeys(s["spec"]["options"]["model"]["name"] for s in run.stages)
+    return {
+        "run": run.run,
+        "state": coloured(_state(store, run)),
+        "done": f"{states.count('done')} of {len(states)}",
+        "data": run.config["data"]["name"],
+        "model": ", ".join(models),
+        "seed": str(run.config["seed"]),
+        "created": run.created[:16].replace("T", " "),
+    }
 
 
 def _studies(studies: Sequence[StudyRecord], store: Store) -> Table:
@@ -203,13 +204,22 @@ def _state(store: Store, run: Run) -> str:
 
 def show_report(names: Sequence[str], form: str, out: Path | None, store: Store) -> None:
     """`bitladder report`."""
-    from ..pipeline.report import render, reports, write_report
+    from ..pipeline.look import make_missing_looks
+    from ..pipeline.report import render, reports, write_figures, write_report
 
     runs = [store.run(name) for name in names] if names else [store.run()]
+    if form in ("png", "svg") and out is None:
+        raise ConfigError([f"{form} is a file for each figure; give --out DIR"])
+    if form in ("html", "png", "svg"):
+        for run in runs:
+            make_missing_looks(store, run)
     frame = reports(store, runs)
     if out is not None:
         try:
-            print(write_report(frame, form, out))
+            if form == "png" or form == "svg":
+                print("\n".join(map(str, write_figures(store, runs, form, out))))
+            else:
+                print(write_report(frame, form, out, store, runs))
         except OSError as error:
             raise ConfigError([f"--out {out}: {error.strerror or error}"]) from None
     elif form == "table":
@@ -217,7 +227,7 @@ def show_report(names: Sequence[str], form: str, out: Path | None, store: Store)
     elif form == "parquet" and sys.stdout.isatty():
         raise ConfigError(["parquet is not for a terminal; give --out FILE"])
     else:
-        sys.stdout.buffer.write(render(frame, form))
+        sys.stdout.buffer.write(render(frame, form, store, runs))
 
 
 def print_frame(frame: Any, store: Store) -> None:
@@ -243,24 +253,15 @@ def _print_on_terminal(frame: Any) -> None:
     shown = people(frame)
     if "run" not in shown:
         print(frame["run"].iloc[0])
-    dispensable = [column for column in _DISPENSABLE if column in shown]
-    table, missing = _report_table(shown), 0
-    while not fits(table) and missing < len(dispensable):
-        missing += 1
-        table = _report_table(shown.drop(columns=dispensable[:missing]))
-    print_table(table)
-    if missing:
-        print(f"(no room for {', '.join(dispensable[:missing])})")
+    drops = [None if drop != drop else float(drop) for drop in frame["drop"]]  # NaN: not known
+    if any(drawn := bars(drops)):
+        shown.insert(shown.columns.get_loc("drop") + 1, _BAR, drawn)
+    shown["state"] = [coloured(state) for state in shown["state"]]
+    text = ("run", "stage", "state", "model", "quantizer", "teacher", _BAR)
+    numbers = [column for column in shown.columns if column not in text]
+    print_rows(shown.to_dict("records"), right=numbers, dispensable=_DISPENSABLE)
     for line in note_lines(frame):
         print(line)
-
-
-def _report_table(shown: Any) -> Table:
-    text = ("run", "stage", "state", "model", "quantizer", "teacher")
-    table = table_of(shown.columns, right=[c for c in shown.columns if c not in text])
-    for row in shown.to_dict("records"):
-        table.add_row(*(coloured(v) if c == "state" else v for c, v in row.items()))
-    return table
 
 
 def print_files(store: Store, run: Run) -> None:
