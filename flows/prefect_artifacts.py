@@ -168,8 +168,10 @@ def rung_page(title: str, shown: dict[str, str], row: dict[str, Any]) -> str:
     facts = {_LABELS.get(name, name): text for name, text in shown.items() if text}
     further = ("model", "device", "key", "note")
     facts |= {name: row[name] for name in further if isinstance(row[name], str)}
-    lines = [f"| {name} | {_cell(text)} |" for name, text in facts.items()]
-    return "\n".join([f"## {title}", *_headline(shown), "", "| | |", "|---|---|", *lines, ""])
+    stage = facts.pop("stage")
+    table = [f"| | {_cell(stage)} |", "|---|---|"]  # a table's head: Prefect draws an empty one too
+    table += [f"| {name} | {_cell(text)} |" for name, text in facts.items()]
+    return "\n".join([f"## {title}", *_headline(shown), "", *table, ""])
 
 
 def failure_page(title: str, error: Exception, resume: str) -> str:
@@ -190,11 +192,18 @@ def _headline(shown: dict[str, str]) -> list[str]:
     if not shown["test %"]:
         return []
     text = f"**{shown['test %']} %** of the test images are classified right"
-    if shown["drop"]:
-        text += f", a drop of {shown['drop']} points against FP32"
+    if shown["drop"] and shown["W"] != "32":
+        text += f", {_against_fp32(shown['drop'])}"
     if shown["size kB"]:
         text += f"; the packed file has **{shown['size kB']} kB**"
     return ["", f"{text}."]
+
+
+def _against_fp32(drop: str) -> str:
+    sign, points = drop[0], drop[1:]
+    if float(points) == 0:
+        return "as many as in FP32"
+    return f"{points} points {'below' if sign == '+' else 'above'} FP32"
 
 
 def _sentence(text: str) -> str:

@@ -203,7 +203,8 @@ def _facts(event: Event) -> dict[str, Any]:
     if event.epochs:
         facts["epoch"] = f"epoch {event.epoch}/{event.epochs}"
     if event.loss is not None:
-        facts["loss"] = f"loss {event.loss:.4f}"
+        # one that diverges has thirty digits before the point
+        facts["loss"] = f"loss {event.loss:{'.4f' if abs(event.loss) < 1e6 else '.3g'}}"
     if event.accuracy is not None:
         facts["accuracy"] = f"accuracy {100 * event.accuracy:.2f} %"
     if event.seconds_left is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from bitladder.flows.launch import launch
+from bitladder.flows.prefect_artifacts import rung_page
 from bitladder.flows.prefect_ladder import run_flow
 from bitladder.flows.prefect_server import TemporaryServer, configured_url, temporary_api
 from bitladder.pipeline.config_load import parse_config
@@ -215,6 +216,16 @@ def test_a_flow_gives_the_records_in_order_and_shows_tasks_that_say_rung_and_lad
         (f"1/2 fp32 of {run_id}", "Completed"),
         (f"2/2 w8a8 of {run_id}", "Completed"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("drop", "words"), [("+1.39", "1.39 points below FP32"), ("-2.22", "2.22 points above FP32")]
+)
+def test_a_rungs_page_begins_with_a_sentence_about_its_drop(drop, words):
+    shown = {"stage": "a|b", "W": "4", "test %": "97.22", "drop": drop, "size kB": "53.1"}
+    page = rung_page("digits: a|b", shown, dict.fromkeys(("model", "device", "key", "note")))
+    assert f"**97.22 %** of the test images are classified right, {words}; the packed file" in page
+    assert "| | a\\|b |" in page
 
 
 @pytest.mark.flow
