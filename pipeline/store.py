@@ -33,6 +33,7 @@ from .files import (
 )
 from .record import CHECKPOINT, MANIFEST, METRICS, StageRecord, read_record
 from .run import Run
+from .run_file import last_begun, read_run_file
 from .spec import Plan
 from .stage_lock import StageLock
 from .store_index import Index
@@ -244,15 +245,14 @@ class Store:
 
     def runs(self) -> list[Run]:
         """All runs, the newest last."""
-        found = [self._read_run(name) for name in self._run_names()]
-        for path in self.damaged_runs():
+        found = [self._raw_run(name) for name in self._run_names()]
+        for path in self.damaged_runs() if None in found else ():
             log.warning("%s is damaged; running its config again writes it anew", path)
-        runs = [run for run in found if run]
-        return sorted(runs, key=lambda run: (self._touched(run.run), run.run))
+        return [Run.from_dict(raw) for raw in sorted(filter(None, found), key=last_begun)]
 
     def damaged_runs(self) -> list[Path]:
         """Files of runs that nothing can restore: which stages they refer to is not known."""
-        names = [name for name in self._run_names() if self._read_run(name) is None]
+        names = [name for name in self._run_names() if self._raw_run(name) is None]
         return [self.reports / name / _RUN for name in names]
 
     def run(self, name: str | None = None) -> Run:
@@ -261,6 +261,9 @@ class Store:
         Raises:
             StoreError: there is none, or a prefix fits several.
         """
+        # by its whole id it is found without reading all the others
+        if name and (self.reports / name / _RUN).is_file() and (run := self._read_run(name)):
+            return run
         runs = self.runs()
         if not runs:
             raise StoreError(f"no ladder in {self.root} yet; start one with: bitladder run digits")
@@ -306,28 +309,25 @@ class Store:
         return sorted(named | set(self._ask(Index.run_names)))
 
     def _read_run(self, name: str) -> Run | None:
+        raw = self._raw_run(name)
+        return None if raw is None else Run.from_dict(raw)
+
+    def _raw_run(self, name: str) -> dict[str, Any] | None:
         """From its file; from the index if the file is torn, which is then written again."""
         path = self.reports / name / _RUN
         try:
-            return Run.from_dict(read_json(path))
-        except (OSError, TornFileError, KeyError, TypeError):
+            return read_run_file(path)
+        except (OSError, TornFileError):
             pass
-        raw_run = self._ask(lambda index: index.run(name) if index.exists() else None)
-        if raw_run is None:
+        raw = self._ask(lambda index: index.run(name) if index.exists() else None)
+        if raw is None:
             return None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, raw_run)
+            write_json(path, raw)
         except OSError:
             pass  # a read-only store
-        return Run.from_dict(raw_run)
-
-    def _touched(self, name: str) -> str:
-        try:
-            raw = read_json(self.reports / name / _RUN)
-        except (OSError, TornFileError):
-            return ""
-        return str(raw.get("touched") or raw.get("created"))  # restored from the index: no touch
+        return raw
 
     # -- index -----------------------------------------------------------------------------
 
