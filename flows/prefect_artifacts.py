@@ -183,7 +183,7 @@ def failure_page(title: str, error: Exception, resume: str) -> str:
     cause = error.cause if isinstance(error, StageError) else str(error) or type(error).__name__
     hint = error.hint if isinstance(error, StageError) else ""
     quoted = [f"> {line}" for line in cause.splitlines()]
-    way_out = [f"What is done is kept. {_sentence(hint)}".rstrip(), "", "Go on with:"]
+    way_out = [_sentence(hint) or "What is done is kept.", "", "Go on with:"]
     lines = [f"## {title} stopped", "", *quoted, "", *way_out, "", "```", resume, "```", ""]
     return "\n".join(lines)
 
