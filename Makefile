@@ -11,7 +11,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED = false
 export DO_NOT_TRACK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ladder test lint style typecheck docs clean
+.PHONY: help setup ladder test lint style typecheck docs site clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -38,10 +38,17 @@ typecheck: $(STAMP)  ## check types
 	@for part in $(PARTS); do ln -sfn ../../../$$part $(TYPES)/bitladder/$$part; done
 	@MYPYPATH=$(TYPES) $(BIN)/mypy $(PARTS:%=-p bitladder.%)
 
-docs: $(STAMP)  ## write docs/quantizers.md anew from the code
+docs: $(STAMP)  ## write docs/quantizers.md and docs/reference anew from the code
 	@mkdir -p docs build
 	@$(BIN)/bitladder components quantizers --format markdown > build/quantizers.md
 	@mv build/quantizers.md docs/quantizers.md
+	@$(BIN)/python docs/make_reference.py
+
+site: $(STAMP)  ## make a site of docs in build/site, with Sphinx; any warning fails
+	@$(BIN)/sphinx-build --version > /dev/null 2>&1 || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	@$(BIN)/sphinx-build -q -W --keep-going -b html docs build/site
+	@echo build/site/index.html
 
 clean:  ## remove caches and build files; .venv and artifacts stay
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

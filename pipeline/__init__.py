@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config_load import load_config
     from .report import accuracy_report
+    from .report_object import Report
     from .runner import open_ladder, run_ladder
     from .store import Store
 
 _HOMES = {
+    "Report": "report_object",
     "Store": "store",
     "accuracy_report": "report",
     "load_config": "config_load",
     "open_ladder": "runner",
     "run_ladder": "runner",
 }
-__all__ = ["Store", "accuracy_report", "load_config", "open_ladder", "run_ladder"]
+__all__ = ["Report", "Store", "accuracy_report", "load_config", "open_ladder", "run_ladder"]
 
 
 def __getattr__(name: str) -> Any:
