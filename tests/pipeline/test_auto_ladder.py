@@ -396,11 +396,11 @@ def test_a_kill_and_bitladder_resume_give_what_an_uninterrupted_run_gives(tiny, 
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     first = cli("run", "auto.yaml", cwd=tmp_path, env=environment)
     store, deadline = Store(tmp_path / "artifacts"), time.monotonic() + 120
-    while len(store.keys()) < 3 and time.monotonic() < deadline:
+    while len(store.keys()) < 4 and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    assert 3 <= len(store.keys()) < 6
+    assert 4 <= len(store.keys()) < 9
     out, err = cli("resume", cwd=tmp_path, env=environment).communicate()
     assert "w3a3 comes between" in out, err
     found = Store(tmp_path / "artifacts")
