@@ -26,7 +26,7 @@ from pathlib import Path
 
 from bitladder.pipeline.config import RunConfig
 from bitladder.pipeline.config_load import parse_config
-from bitladder.pipeline.derived import pack_spec
+from bitladder.pipeline.derived import look_spec, pack_spec, teacher_keys
 from bitladder.pipeline.files import now
 from bitladder.pipeline.plan import make_plan
 from bitladder.pipeline.record import StageRecord
@@ -87,9 +87,11 @@ def fill(store: Store, runs: int) -> None:
     for seed in range(1, runs):
         plan = make_plan(ladder(seed))
         store.register(plan)
-        for stage, trained, packed in zip(plan.stages, first.trained, first.packed, strict=True):
+        made = zip(first.trained, first.packed, first.looks, strict=True)
+        for stage, (trained, packed, look) in zip(plan.stages, made, strict=True):
             copy(store, trained, stage.spec)
             copy(store, packed, pack_spec(stage.key))
+            copy(store, look, look_spec(stage.key, teacher_keys(stage.spec.parents)))
     print(f"made {runs} ladders in {time.monotonic() - began:.0f} s", flush=True)
 
 
