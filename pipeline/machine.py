@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .errors import ConfigError
+from .source_commit import source_commit
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
@@ -101,6 +102,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{package: _version(package) for package in packages},
+        "commit": source_commit(),
     }
 
 
