@@ -120,11 +120,17 @@ def report(
         list[str] | None, typer.Argument(help="Runs to show side by side; default: the newest.")
     ] = None,
     format_: Annotated[
-        Literal["table", "csv", "json", "markdown", "html", "parquet"],
-        typer.Option("--format", "-f", help="table is for the terminal; the others are files."),
+        Literal["table", "csv", "json", "markdown", "html", "parquet", "png", "svg"],
+        typer.Option(
+            "--format",
+            "-f",
+            help="table is for the terminal; html is one page with all figures; png and svg are a "
+            "file for each figure; the others are files.",
+        ),
     ] = "table",
     out: Annotated[
-        Path | None, typer.Option(help="Write to this file instead of standard output.")
+        Path | None,
+        typer.Option(help="Write to this file instead of standard output; a folder for png, svg."),
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     database: DatabaseOption = None,

@@ -204,13 +204,22 @@ def _state(store: Store, run: Run) -> str:
 
 def show_report(names: Sequence[str], form: str, out: Path | None, store: Store) -> None:
     """`bitladder report`."""
-    from ..pipeline.report import render, reports, write_report
+    from ..pipeline.look import make_missing_looks
+    from ..pipeline.report import render, reports, write_figures, write_report
 
     runs = [store.run(name) for name in names] if names else [store.run()]
+    if form in ("png", "svg") and out is None:
+        raise ConfigError([f"{form} is a file for each figure; give --out DIR"])
+    if form in ("html", "png", "svg"):
+        for run in runs:
+            make_missing_looks(store, run)
     frame = reports(store, runs)
     if out is not None:
         try:
-            print(write_report(frame, form, out))
+            if form == "png" or form == "svg":
+                print("\n".join(map(str, write_figures(store, runs, form, out))))
+            else:
+                print(write_report(frame, form, out, store, runs))
         except OSError as error:
             raise ConfigError([f"--out {out}: {error.strerror or error}"]) from None
     elif form == "table":
@@ -218,7 +227,7 @@ def show_report(names: Sequence[str], form: str, out: Path | None, store: Store)
     elif form == "parquet" and sys.stdout.isatty():
         raise ConfigError(["parquet is not for a terminal; give --out FILE"])
     else:
-        sys.stdout.buffer.write(render(frame, form))
+        sys.stdout.buffer.write(render(frame, form, store, runs))
 
 
 def print_frame(frame: Any, store: Store) -> None:

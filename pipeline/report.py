@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from .auto_ladder import recorded_course
 from .derived import differs_too_much
 from .errors import ConfigError
+from .figures import drawn
+from .figures.style import FORMS, Form, save
 from .files import write_atomic
+from .page import ladder_page
 from .record import MANIFEST
-from .report_html import html_page
 from .run import Run
 from .spec import model_text
 from .store import Store
@@ -168,8 +170,13 @@ def speed_row(speed: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def render(frame: pd.DataFrame, form: str) -> bytes:
+def render(
+    frame: pd.DataFrame, form: str, store: Store | None = None, runs: Sequence[Run] = ()
+) -> bytes:
     """The report as the bytes of a file.
+
+    Args:
+        store: from which the page of `html` draws what it shows of these runs beside the table.
 
     Raises:
         ConfigError: unknown format, or the package that a format needs is not installed.
@@ -189,7 +196,12 @@ def render(frame: pd.DataFrame, form: str) -> bytes:
         below = ["", speeds] if frame.attrs.get("speeds") else []
         return "\n".join([table, *([""] if notes else []), *notes, *below, ""]).encode()
     if form == "html":
-        return html_page(frame, people(frame), note_lines(frame), speed_table(frame)).encode()
+        texts: dict[str, Any] = {
+            "shown": people(frame),
+            "notes": note_lines(frame),
+            "speeds": speed_table(frame),
+        }
+        return ladder_page(store, runs, frame, **texts).encode()
     if form == "parquet":
         buffer = io.BytesIO()
         try:
@@ -198,15 +210,29 @@ def render(frame: pd.DataFrame, form: str) -> bytes:
             message = "parquet needs pyarrow; install it with: pip install 'bitladder[parquet]'"
             raise ConfigError([message]) from None
         return buffer.getvalue()
-    raise ConfigError([f"unknown report format {form!r}; known: {', '.join(FORMATS)}"])
+    known = ", ".join((*FORMATS, *FORMS))
+    raise ConfigError([f"unknown report format {form!r}; known: {known}"])
 
 
-def write_report(frame: pd.DataFrame, form: str, path: Path) -> Path:
-    """Writes the report to a file, whole or not at all."""
-    data = render(frame, form)
+def write_report(
+    frame: pd.DataFrame, form: str, path: Path, store: Store | None = None, runs: Sequence[Run] = ()
+) -> Path:
+    """Writes the report to a file, whole or not at all; arguments as of `render`."""
+    data = render(frame, form, store, runs)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, data)
     return path
+
+
+def write_figures(store: Store, runs: Sequence[Run], form: Form, folder: Path) -> list[Path]:
+    """Writes each figure of some runs to a file of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for each in drawn(store, runs):
+        path = folder / f"{each.name}.{form}"
+        write_atomic(path, save(each.draw(), form))
+        written.append(path)
+    return written
 
 
 def plain_table(frame: pd.DataFrame) -> str:

@@ -37,7 +37,7 @@ HOMES = {
     "yaml": ("pipeline/config*", "pipeline/plan*", "pipeline/yaml_reader.py"),
     "pandas": ("pipeline/report*", "pipeline/study/*"),
     "scipy": ("pipeline/study/statistics.py",),
-    "matplotlib": ("pipeline/study/figure.py",),
+    "matplotlib": ("pipeline/figures/*", "pipeline/study/figure.py"),
 }
 # up to seconds each
 HEAVY = {"torchvision", "prefect", "pandas", "matplotlib", "scipy", "sklearn", "tensorboard"}

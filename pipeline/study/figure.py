@@ -1,68 +1,115 @@
-"""The figure of a study: every value as a dot, and each arm's mean with its interval."""
+"""The figures of a study: every value by arm, and the paired differences that decide."""
 
 from __future__ import annotations
 
-import io
+import math
 from typing import TYPE_CHECKING, Any
 
-from .people import shared_by_all, stages
-from .tables import Tables
+from ..figures.style import GREEN, INK, SKY, VERMILLION, WIDTH, new_figure, styled
+from .people import shared_by_all, sides, stages
+from .tables import Tables, values_by_seed
 from .trials import Study
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by every kind of colour vision
-DOT, MEAN, LOST = "#56B4E9", "#000000", "#D55E00"
+DOT, MEAN, LOST = SKY, INK, VERMILLION
 COLUMNS = 3  # panels side by side
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "svg.hashsalt": "bitladder",  # the same study gives the same file
-    "svg.fonttype": "none",  # letters stay letters
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+# of verdicts: colour and marker
+LOOKS = {
+    "arm better": (GREEN, "^"),
+    "against better": (VERMILLION, "v"),
+    "not resolved": (INK, "D"),
 }
 
 
-def draw(study: Study, found: Tables) -> dict[str, bytes]:
-    """The figure as a PNG and as an SVG; a panel for each stage in which arms differ."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def study_figures(study: Study, found: Tables) -> dict[str, Figure]:
+    """The figures by name: `study`, and `differences` where the study compares anything."""
+    compared = {} if found.comparisons.empty else {"differences": differences(study, found)}
+    return {"study": values(study, found), **compared}
 
+
+@styled
+def values(study: Study, found: Tables) -> Figure:
+    """Every seed as a dot, each arm's mean with its interval; a panel a stage that differs."""
     panels = _panels(study, found)
     across = min(len(panels), COLUMNS)
     down = -(-len(panels) // across)
     rows = [_arms(study, found, stage) for stage in panels]
     tallest = max(map(len, rows))
     widest = max(len(arm) for arms in rows for arm in arms)
-    with mpl.rc_context(STYLE):
-        width = max(across * (2.9 + 0.075 * widest), 6.0)  # the caption needs so much
-        figure = Figure(figsize=(width, down * (1.15 + 0.34 * tallest) + 0.7), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(down, across, squeeze=False).flatten()
-        for panel, stage, arms in zip(axes, panels, rows, strict=False):
-            _panel(panel, stage, arms, found)
-        for panel in axes[len(panels) :]:
-            panel.set_axis_off()
-        figure.suptitle(study.id, fontsize=10)
-        any_lost = (found.seeds["diverged"] > 0).any()
-        lost = " (orange: diverged; an arrow: off the scale).\n" if any_lost else ". "
-        figure.supxlabel(
-            f"test top-1 in %. Dots: seeds{lost}Diamond and bar: mean and its 95 % t-interval\n"
-            "(of an arm by itself; arms are compared by paired differences, see the table)",
-            fontsize=8,
-        )
-        return {
-            "png": _saved(figure, "png", dpi=150),
-            "svg": _saved(figure, "svg", metadata={"Date": None}),
-        }
+    width = max(across * (2.9 + 0.075 * widest), 6.0)  # the caption needs so much
+    figure = new_figure(width, down * (1.15 + 0.34 * tallest) + 0.7, study.id)
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    for panel, stage, arms in zip(axes, panels, rows, strict=False):
+        _panel(panel, stage, arms, found)
+    for panel in axes[len(panels) :]:
+        panel.set_axis_off()
+    any_lost = (found.seeds["diverged"] > 0).any()
+    lost = " (orange: diverged; an arrow: off the scale).\n" if any_lost else ". "
+    figure.supxlabel(
+        f"test top-1 in %. Dots: seeds{lost}Diamond and bar: mean and its 95 % t-interval\n"
+        "(of an arm by itself; arms are compared by paired differences)",
+        fontsize=8,
+    )
+    return figure
 
 
-def _saved(figure: Any, form: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=form, **options)
-    return buffer.getvalue()
+@styled
+def differences(study: Study, found: Tables) -> Figure:
+    """Each comparison's paired differences: seeds as dots, the mean with its 95 % interval."""
+    rows = found.comparisons.to_dict("records")
+    families = list(dict.fromkeys(row["family"] for row in rows))
+    counts = [sum(row["family"] == family for row in rows) for family in families]
+    height = 1.35 + sum(0.42 * count + 0.45 for count in counts)
+    figure = new_figure(WIDTH * 1.25, height, f"{study.id}: paired differences")
+    panels = figure.subplots(
+        len(families), 1, squeeze=False, sharex=True, height_ratios=[c + 0.4 for c in counts]
+    ).flatten()
+    for panel, family in zip(panels, families, strict=True):
+        own = [row for row in rows if row["family"] == family]
+        _compared(panel, own, found)
+        panel.set_title(family, loc="left", fontweight="bold")
+    panels[-1].set_xlabel("difference of test top-1, points (arm minus against)")
+    _verdicts(figure, {row["verdict"] for row in rows})
+    return figure
+
+
+def _compared(panel: Axes, rows: list[dict[Any, Any]], found: Tables) -> None:
+    panel.axvline(0, color=INK, linewidth=0.8)
+    for place, row in enumerate(rows):
+        arm = values_by_seed(found.seeds, row["arm"], row["stage"])
+        against = values_by_seed(found.seeds, row["against"], row["against_stage"])
+        pairs = [100 * (arm[seed] - against[seed]) for seed in arm if seed in against]
+        panel.scatter(pairs, [place - 0.16] * len(pairs), s=14, color=DOT, linewidths=0, zorder=2)
+        if not pairs:
+            panel.text(0, place + 0.12, " no pair of seeds yet", fontsize=7.5, va="center")
+            continue
+        colour, marker = LOOKS[row["verdict"]]
+        mean = 100 * row["difference"]
+        panel.scatter([mean], [place + 0.14], s=30, color=colour, marker=marker, zorder=4)
+        if not math.isnan(row["low_unadjusted"]):
+            ends = [100 * row["low_unadjusted"], 100 * row["high_unadjusted"]]
+            panel.plot(ends, [place + 0.14] * 2, color=colour, linewidth=1.4, zorder=3)
+    panel.set_yticks(range(len(rows)), [sides(row).replace(" at ", "\nat ") for row in rows])
+    panel.set_ylim(len(rows) - 0.5, -0.5)
+    panel.tick_params(axis="y", length=0)
+    panel.grid(axis="x")
+    panel.margins(x=0.08)
+
+
+def _verdicts(figure: Figure, seen: set[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=DOT, marker="o", linestyle="", label="a pair of seeds")]
+    handles += [
+        Line2D([], [], color=colour, marker=marker, label=f"mean, 95 %: {verdict}")
+        for verdict, (colour, marker) in LOOKS.items()
+        if verdict in seen
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
 
 
 def _panels(study: Study, found: Tables) -> list[str]:
@@ -77,7 +124,7 @@ def _arms(study: Study, found: Tables, stage: str) -> list[str]:
     return [arm for arm in study.arms if arm in own]
 
 
-def _panel(panel: Any, stage: str, arms: list[str], found: Tables) -> None:
+def _panel(panel: Axes, stage: str, arms: list[str], found: Tables) -> None:
     seeds = found.seeds[found.seeds["stage"] == stage]
     summary = found.summary[found.summary["stage"] == stage].set_index("arm")
     low, high = _limits(seeds, summary)
@@ -88,7 +135,7 @@ def _panel(panel: Any, stage: str, arms: list[str], found: Tables) -> None:
         colours = [LOST if gone else DOT for gone in own["diverged"] > 0]
         panel.scatter(values, heights, s=16, color=colours, linewidths=0, zorder=2)
         below = [height for value, height in zip(values, heights, strict=True) if value < low]
-        edge = {"marker": "<", "s": 18, "color": LOST, "clip_on": False}
+        edge: dict[str, Any] = {"marker": "<", "s": 18, "color": LOST, "clip_on": False}
         panel.scatter([low] * len(below), below, **edge)  # of chance, and never out of sight
         row = summary.loc[arm]
         if row["mean"] * 100 >= low:
@@ -106,8 +153,7 @@ def _panel(panel: Any, stage: str, arms: list[str], found: Tables) -> None:
     panel.set_ylim(len(arms) - 0.45, -0.6)
     panel.set_yticks(range(len(arms)), arms)
     panel.set_title(stage, fontsize=9, loc="left", fontweight="bold")
-    panel.grid(axis="x", color="0.9", linewidth=0.6)
-    panel.set_axisbelow(True)
+    panel.grid(axis="x")
     panel.tick_params(axis="y", length=0)
     panel.locator_params(axis="x", nbins=5)
 

@@ -70,7 +70,7 @@ def comparison_table(comparisons: pd.DataFrame, family: str) -> pd.DataFrame:
     rows = comparisons[comparisons["family"] == family].to_dict("records")
     return pd.DataFrame(
         {
-            "arm - against": [_sides(row) for row in rows],
+            "arm - against": [sides(row) for row in rows],
             "n": [str(row["n"]) for row in rows],
             "difference": [_percent(row["difference"], "+") for row in rows],
             "sd": [_percent(row["sd"]) for row in rows],
@@ -238,7 +238,8 @@ def _hardware(store: Store, found: Tables) -> Iterator[str]:
         yield f"Trained on: {'; '.join(seen)}."
 
 
-def _sides(row: dict[Any, Any]) -> str:
+def sides(row: dict[Any, Any]) -> str:
+    """A comparison's arms, with the stage, or each with its own."""
     if row["stage"] == row["against_stage"]:
         return f"{row['arm']} - {row['against']} at {row['stage']}"
     return f"{row['arm']} at {row['stage']} - {row['against']} at {row['against_stage']}"

@@ -109,7 +109,10 @@ def comparisons(study: Study, seeds: pd.DataFrame) -> pd.DataFrame:
     for family in dict.fromkeys(c.family for c in study.comparisons):
         of = [c for c in study.comparisons if c.family == family]
         pairs = [
-            paired(_by_seed(seeds, c.arm, c.stage), _by_seed(seeds, c.against, c.against_stage))
+            paired(
+                values_by_seed(seeds, c.arm, c.stage),
+                values_by_seed(seeds, c.against, c.against_stage),
+            )
             for c in of
         ]
         for comparison, pair, adjusted in zip(of, pairs, holm([p.p for p in pairs]), strict=True):
@@ -146,7 +149,7 @@ def choice(study: Study, seeds: pd.DataFrame) -> Choice | None:
         candidates.append(
             Candidate(
                 arm,
-                _by_seed(seeds, arm, stage, "val_top1"),
+                values_by_seed(seeds, arm, stage, "val_top1"),
                 float(costs["epochs"]),
                 float(costs["teacher_forwards"]),
             )
@@ -160,9 +163,10 @@ def said(verdict: Verdict, arm: str, against: str) -> str:
     return names.get(verdict, verdict)
 
 
-def _by_seed(
+def values_by_seed(
     seeds: pd.DataFrame, arm: str, stage: str, value: str = "test_top1"
 ) -> dict[int, float]:
+    """Of an arm at a stage the seeds that have a value, with it."""
     own = seeds[(seeds["arm"] == arm) & (seeds["stage"] == stage)].dropna(subset=[value])
     return {int(s): float(v) for s, v in zip(own["seed"], own[value], strict=True)}
 

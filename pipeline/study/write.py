@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING
 
 from ..errors import StoreError, store_problem
+from ..figures.style import FORMS, save
 from ..files import write_atomic
+from ..page import study_page
 from ..store import Store
 from ..study_record import study_folder
-from .figure import draw
+from .figure import study_figures
 from .people import choice_text, comparison_table, notes, stage_tables
 from .results import results
 from .tables import Tables, tables
@@ -21,7 +23,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 WIDTH = 100  # letters of a line of the terminal; tables take what they need
-FILES = ("values.csv", "summary.csv", "comparisons.csv", "study.md", "study.png", "study.svg")
+FILES = ("values.csv", "summary.csv", "comparisons.csv", "study.md", "report.html")
+CAPTIONS = {
+    "differences": "Arm minus against over the seeds that both have. Bars: 95 % t-intervals, not "
+    "adjusted for other comparisons; the verdict is by p-values adjusted over the family (Holm).",
+    "study": "Every value, and the mean with its interval, by arm and stage.",
+}
 
 
 def study_tables(study: Study, store: Store) -> Tables:
@@ -35,21 +42,25 @@ def write_study(study: Study, store: Store, found: Tables) -> list[Path]:
     Raises:
         StoreError: the store cannot be written.
     """
+    figures = study_figures(study, found)
+    files = {f"{name}.{form}": save(figures[name], form) for name in figures for form in FORMS}
+    svgs = {name: files[f"{name}.svg"].decode() for name in figures}
     contents = {
         "values.csv": _csv(found.rows),
         "summary.csv": _csv(found.summary),
         "comparisons.csv": _csv(found.comparisons),
-        "study.md": _markdown(study, store, found).encode(),
-        **{f"study.{form}": data for form, data in draw(study, found).items()},
+        "study.md": _markdown(study, store, found, figures).encode(),
+        "report.html": _page(study, store, found, svgs).encode(),
+        **files,
     }
     folder = study_folder(store, study.id)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            write_atomic(folder / name, contents[name])
+        for name, content in contents.items():
+            write_atomic(folder / name, content)
     except OSError as error:
         raise StoreError(store_problem(store.root, error)) from None
-    return [folder / name for name in FILES]
+    return [folder / name for name in contents]
 
 
 def text(study: Study, store: Store, found: Tables) -> str:
@@ -63,7 +74,18 @@ def text(study: Study, store: Store, found: Tables) -> str:
     return "\n\n".join(parts)
 
 
-def _markdown(study: Study, store: Store, found: Tables) -> str:
+def _page(study: Study, store: Store, found: Tables, svgs: Mapping[str, str]) -> str:
+    return study_page(
+        study.id,
+        notes=notes(study, store, found),
+        tables=dict(_titled(study, found)),
+        choice=choice_text(study, found.choice).splitlines() if found.choice is not None else [],
+        figures={text: svgs[name] for name, text in CAPTIONS.items() if name in svgs},
+        files={"Every value (CSV)": _csv(found.rows).decode()},
+    )
+
+
+def _markdown(study: Study, store: Store, found: Tables, figures: Collection[str]) -> str:
     parts = [f"# {study.id}", "\n".join(f"- {note}" for note in notes(study, store, found))]
     for title, table in _titled(study, found):
         body = table.to_markdown(index=False, disable_numparse=True)
@@ -71,7 +93,7 @@ def _markdown(study: Study, store: Store, found: Tables) -> str:
     if found.choice is not None:
         lines = choice_text(study, found.choice).splitlines()
         parts.append("## Choice\n\n" + "\n".join(f"- {line}" for line in lines))
-    parts.append("![Every value, and the mean with its interval, by arm and stage](study.svg)")
+    parts += [f"![{text}]({name}.svg)" for name, text in CAPTIONS.items() if name in figures]
     return "\n\n".join(parts) + "\n"
 
 

@@ -130,7 +130,7 @@ def test_the_page_and_the_markdown_hold_what_people_see(finished):
     page = Cells()
     page.feed(render(frame, "html").decode())
     assert page.cells == seen
-    assert page.addresses == []
+    assert [address for address in page.addresses if not address.startswith("#")] == []
     rows = render(frame, "markdown").decode().splitlines()[2:]
     assert [c.strip() for row in rows for c in row.strip("|").split("|") if c.strip()] == seen
 

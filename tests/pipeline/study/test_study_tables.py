@@ -4,8 +4,9 @@ from io import BytesIO, StringIO
 import pandas as pd
 import pytest
 from bitladder.pipeline.errors import StoreError
+from bitladder.pipeline.figures.style import save
 from bitladder.pipeline.study import study_tables, text, write_study
-from bitladder.pipeline.study.figure import LOST, draw
+from bitladder.pipeline.study.figure import LOST, study_figures
 from bitladder.pipeline.study.write import FILES
 
 ARMS = {
@@ -51,6 +52,10 @@ def told(made, store):
 
 def written(made, store):
     return write_study(made, store, study_tables(made, store))
+
+
+def drawn(made, store, name):
+    return save(study_figures(made, study_tables(made, store))[name], "svg").decode()
 
 
 def row(frame, **where):
@@ -197,7 +202,8 @@ def test_a_study_that_has_not_begun_can_be_told_and_written(claim, store):
     made = claim()
     assert "0 of 9 trials have ended" in told(made, store)
     assert "Nothing is chosen yet" in told(made, store)
-    assert [path.name for path in written(made, store)] == list(FILES)
+    figures = [f"{name}.{form}" for name in ("study", "differences") for form in ("png", "svg")]
+    assert [path.name for path in written(made, store)] == [*FILES, *figures]
 
 
 def test_the_files_hold_what_the_tables_hold(claim, store, fill):
@@ -232,12 +238,40 @@ def test_the_figure_names_every_arm_and_every_stage_in_which_they_differ(claim, 
 def test_the_figure_tells_a_diverged_seed(claim, store, fill):
     made = claim()
     fill(made, {**VALUES, "direct": [0.70, 0.71]})
-    figure = draw(made, study_tables(made, store))["svg"].decode()
+    figure = drawn(made, store, "study")
     assert "orange" not in figure
     store.fail(made.trials[5].plan.stages[-1].key, "the loss is nan", diverged=True)
-    figure = draw(made, study_tables(made, store))["svg"].decode()
+    figure = drawn(made, store, "study")
     assert "orange: diverged" in figure
     assert figure.lower().count(LOST.lower()) > 0
+
+
+def test_the_differences_are_drawn_with_their_intervals(claim, store, fill):
+    made = claim()
+    fill(made)
+    figure = study_figures(made, study_tables(made, store))["differences"]
+    (panel,) = figure.axes
+    assert [label.get_text() for label in panel.get_yticklabels()] == [
+        "ladder - direct\nat w1a2",
+        "ladder - long\nat w1a2",
+    ]
+    dots, mean = (c.get_offsets()[:, 0].tolist() for c in panel.collections[:2])
+    assert dots == pytest.approx([10.0, 10.5, 9.8])
+    assert mean == pytest.approx([10.1])
+    found = row(study_tables(made, store).comparisons, against="direct")
+    interval = panel.lines[1].get_xdata()
+    assert list(interval) == pytest.approx(
+        [100 * found["low_unadjusted"], 100 * found["high_unadjusted"]]
+    )
+
+
+def test_a_study_without_comparisons_or_values_has_its_page(study, store):
+    made = study(arms={"ladder": {}})
+    names = [path.name for path in written(made, store)]
+    assert "differences.svg" not in names
+    page = next(path for path in written(made, store) if path.name == "report.html").read_text()
+    assert page.count("<svg") == 1
+    assert made.id in page
 
 
 def test_written_again_the_files_are_the_same_bytes(claim, store, fill):

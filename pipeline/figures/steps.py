@@ -1,0 +1,72 @@
+"""Step sizes of every quantizer over the training of a rung."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .style import WIDTH, new_figure, plain_numbers, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+HALVES = {"weight": "weights", "activation": "activations"}
+
+
+def has_scales(epochs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the epochs of a rung tell the step sizes."""
+    return any(line.get("scales") for line in epochs)
+
+
+@styled
+def step_sizes(stage: str, epochs: Sequence[Mapping[str, Any]]) -> Figure:
+    """The largest step of each quantizer at the end of each epoch.
+
+    Args:
+        epochs: lines of metrics.jsonl, with "scales".
+    """
+    names = list(dict.fromkeys(name for line in epochs for name in line.get("scales") or ()))
+    halves = [half for half in HALVES if any(name.endswith(f".{half}") for name in names)]
+    figure = new_figure(WIDTH, 0.9 + 1.7 * len(halves), f"{stage}: step sizes over training")
+    panels = figure.subplots(len(halves), 1, squeeze=False, sharex=True).flatten()
+    for panel, half in zip(panels, halves, strict=True):
+        own = [name for name in names if name.endswith(f".{half}")]
+        _panel(panel, epochs, own)
+        panel.set_title(HALVES[half], loc="left")
+        panel.set_ylabel("step")
+    panels[-1].set_xlabel("epoch")
+    panels[-1].locator_params(axis="x", integer=True)
+    return figure
+
+
+def _panel(panel: Axes, epochs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """A line a quantizer, from blue (the first layer) to yellow (the last)."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    # told apart by every kind of colour vision; its ends are lost on dark and on light paper
+    shades = ListedColormap(colormaps["viridis"]([0.12 + 0.75 * i / 255 for i in range(256)]))
+    most = max(len(names) - 1, 1)
+    for place, name in enumerate(names):
+        found = [
+            (line["epoch"], line["scales"][name])
+            for line in epochs
+            if (line.get("scales") or {}).get(name, 0) > 0
+        ]
+        panel.plot(
+            [epoch for epoch, _ in found],
+            [scale for _, scale in found],
+            color=shades(place / most),
+            linewidth=1,
+            marker="o" if len(epochs) < 8 else None,
+        )
+    panel.set_yscale("log")
+    plain_numbers(panel.yaxis)
+    panel.grid(axis="y")
+    if len(names) > 1:
+        bar = panel.figure.colorbar(ScalarMappable(Normalize(0, most), shades), ax=panel, pad=0.02)
+        shown = sorted({0, most // 2, most})
+        bar.set_ticks(shown, labels=[names[i].rpartition(".")[0] for i in shown])
+        bar.outline.set_visible(False)

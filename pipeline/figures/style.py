@@ -1,0 +1,116 @@
+"""How every figure looks: colours for every kind of colour vision, letters, and its files."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, get_args
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+P = ParamSpec("P")
+Form = Literal["png", "svg"]
+FORMS: tuple[Form, ...] = get_args(Form)
+# Okabe and Ito's colours, told apart by every kind of colour vision
+BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+ORANGE, SKY = "#E69F00", "#56B4E9"
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")  # so that nothing is told by colour alone
+# of letters and axes, of grids, of the paper: a page may put its own in their place
+INK, GRID, PAPER = "#1c1c1c", "#d9d9d9", "#ffffff"
+COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK)
+WIDTH = 4.6  # inches: a column of a paper, and readable on a phone
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 8.5,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # letters stay letters
+    "text.parse_math": False,  # a name with a dollar sign is a name
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), PAPER),
+}
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Makes a function draw in this style, whatever the caller's is."""
+
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        import matplotlib as mpl
+
+        with mpl.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def new_figure(width: float, height: float, title: str) -> Figure:
+    """An empty figure without a window; width and height in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=9.5, fontweight="bold")
+    return figure
+
+
+def save(figure: Figure, form: Form) -> bytes:
+    """A figure's file; the same figure gives the same bytes."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    buffer = io.BytesIO()
+    # the salt makes what an SVG calls its parts; figures on one page must not share such names
+    salt = f"bitladder {figure.get_suptitle()}"
+    with mpl.rc_context({**STYLE, "svg.hashsalt": salt}):
+        if (engine := figure.get_layout_engine()) is not None:
+            engine.execute(figure)  # once: left in place it is run at every drawing
+            figure.set_layout_engine("none")
+        if form == "png":
+            figure.savefig(buffer, format="png", dpi=160)
+            return buffer.getvalue()
+        canvas = figure.canvas
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})  # savefig draws twice
+        figure.set_canvas(canvas)
+    # a hundredth of a point is below what any eye or printer sees
+    return rounded(buffer.getvalue().decode(), 2).encode()
+
+
+def rounded(svg: str, digits: int) -> str:
+    """An SVG whose paths have no more than so many digits behind the point."""
+    longer = re.compile(rf"(\.\d{{{digits}}})\d+")
+    return re.sub(r'\s(?:d|x|y)="[^"]*"', lambda path: longer.sub(r"\1", path[0]), svg)
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Numbers of a logarithmic axis as people write them: 50, not 5 x 10^1."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def layer_rows(panel: Axes, names: list[str]) -> None:
+    """A row for each layer, the first one on top."""
+    panel.set_ylim(len(names) - 0.4, -0.6)
+    panel.set_yticks(range(len(names)), names)
+    panel.tick_params(axis="y", length=0)
+    panel.grid(axis="y")

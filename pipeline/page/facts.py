@@ -1,0 +1,76 @@
+"""What was run: the facts that one needs to repeat it, or to tell two runs apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..record import StageRecord
+from ..run import Run
+from ..spec import model_text
+from ..store import DEFAULT_STORE, Store
+
+HIDDEN = ("name", "root", "batch_size")  # of the data: said elsewhere, or the reader's own
+
+
+def facts(store: Store, run: Run, states: Sequence[str]) -> dict[str, str]:
+    """A run's facts by name; what is not known yet is missing."""
+    records = [record for key in run.trained if (record := store.read(key)) is not None]
+    found = {
+        "run": run.run,
+        "state": state_text(states),
+        "begun": f"{run.created[:16].replace('T', ' ')} UTC",
+        "network": _joined(model_text(stage["spec"]["options"]["model"]) for stage in run.stages),
+        "data": _data(run.config.get("data", {})),
+        "seed": str(run.config.get("seed", "")),
+        "epochs": ", ".join(_epochs(stage) for stage in run.stages),
+        "trained on": _of_records(records, _machine),
+        "versions": _of_records(records, _versions),
+        "commit": _of_records(records, lambda environment: environment.get("commit") or ""),
+    }
+    return {name: text for name, text in found.items() if text}
+
+
+def state_text(states: Sequence[str]) -> str:
+    """A run's state from those of its stages."""
+    done = f"{states.count('done')} of {len(states)} rungs"
+    for state in ("failed", "running"):
+        if state in states:
+            return f"{state}; {done} are done"
+    return "done" if set(states) == {"done"} else f"not finished; {done} are done"
+
+
+def resume_text(store: Store | None, run: str) -> str:
+    """The command that goes on with a run."""
+    where = "" if store is None or store.root == DEFAULT_STORE else f" --store {store.root}"
+    return f"bitladder resume {run}{where}"
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    options = [f"{key}={value}" for key, value in data.items() if key not in HIDDEN]
+    batches = [f"batches of {data['batch_size']}"] if "batch_size" in data else []
+    return ", ".join([str(data.get("name", "")), *options, *batches])
+
+
+def _epochs(stage: Mapping[str, Any]) -> str:
+    return f"{stage['name']}: {stage['spec']['options']['stage']['train']['epochs']}"
+
+
+def _of_records(records: Sequence[StageRecord], say: Any) -> str:
+    return _joined(say(record.environment) for record in records)
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    threads = environment.get("threads")
+    plural = "" if threads == 1 else "s"
+    return f"{environment.get('device_name')}, {threads} thread{plural}"
+
+
+def _versions(environment: Mapping[str, Any]) -> str:
+    names = ("bitladder", "torch", "torchvision", "numpy", "python")
+    return ", ".join(f"{name} {environment[name]}" for name in names if environment.get(name))
+
+
+def _joined(texts: Iterable[str]) -> str:
+    """Each different text once."""
+    return "; ".join(dict.fromkeys(text for text in texts if text))

@@ -1,0 +1,139 @@
+"""The page of a ladder, or of several side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..look import read_look
+from ..run import Run
+from ..store import Store
+from .facts import facts, resume_text
+from .render import embedded, render_page
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..figures import Drawn
+
+MOST_EXAMPLES = 12
+
+
+@dataclass
+class Rung:
+    """A rung's part of the page.
+
+    Attributes:
+        anchor: where links to it lead.
+        figures: drawn, each with what is said of it.
+        examples: images that student and teacher take for different things.
+    """
+
+    anchor: str
+    title: str
+    figures: list[Mapping[str, str]] = field(default_factory=list)
+    examples: list[Mapping[str, str]] = field(default_factory=list)
+
+
+def ladder_page(
+    store: Store | None,
+    runs: Sequence[Run],
+    frame: pd.DataFrame,
+    *,
+    shown: pd.DataFrame,
+    notes: Sequence[str],
+    speeds: pd.DataFrame,
+) -> str:
+    """The page as text.
+
+    Args:
+        store: where the runs are; None where there are none to look up.
+        runs: those of which more than the table is shown.
+        frame: the report.
+        shown: its columns for people, as text.
+        notes: lines to stand below the table.
+        speeds: of packed networks, as text; may be empty.
+    """
+    from ..figures import ladder_figures, rows_of
+
+    rows = rows_of(frame)
+    above: list[Mapping[str, str]] = []
+    known = [] if store is None else [(store, run) for run in runs]
+    rungs = {
+        (run.run, str(stage["name"])): _rung(where, run, stage, several=len(runs) > 1)
+        for where, run in known
+        for stage in run.stages
+    }
+    for each in ladder_figures(store, runs, rows):
+        figure = _figure(each, several=len(runs) > 1)
+        if each.run is None or each.stage is None:
+            above.append(figure)
+        else:
+            rungs[each.run, each.stage].figures.append(figure)
+    states: dict[str, list[str]] = {}
+    for row in rows:
+        states.setdefault(row["run"], []).append(row["state"])
+    values = {
+        "title": ", ".join(states),
+        "facts": _side_by_side([facts(where, run, states[run.run]) for where, run in known]),
+        "table": shown,
+        "notes": notes,
+        "problems": _problems(store, rows),
+        "figures": above,
+        "speeds": speeds,
+        "rungs": [rung for rung in rungs.values() if rung.figures or rung.examples],
+        "configs": {run.run: json.dumps(run.config, indent=1) for run in runs},
+        "csv": frame.to_csv(index=False, lineterminator="\n"),
+    }
+    return render_page("ladder.html", values)
+
+
+def _rung(store: Store, run: Run, stage: Mapping[str, Any], *, several: bool) -> Rung:
+    name = str(stage["name"])
+    record = store.read(stage["key"])
+    look = (read_look(store, record) if record else None) or {}
+    rung = Rung(f"{run.run}-{name}", f"{run.run}: {name}" if several else name)
+    classes = look.get("classes", ())
+
+    def named(label: int) -> str:
+        return str(classes[label]) if label < len(classes) else str(label)
+
+    for teacher in look.get("teachers", ()):
+        for example in teacher["examples"][:MOST_EXAMPLES]:
+            words = {side: named(example[side]) for side in ("target", "student", "teacher")}
+            rung.examples.append({"png": example["png"], **words})
+    return rung
+
+
+def _figure(each: Drawn, *, several: bool) -> Mapping[str, str]:
+    said = f"{each.run}. {each.caption}" if several and each.run else each.caption
+    return {"name": each.name, "caption": said, "drawing": embedded(each.draw(), said)}
+
+
+def _side_by_side(found: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Each fact of every run; once where it is the same in all."""
+    names = dict.fromkeys(name for each in found for name in each)
+    table = {name: [each.get(name, "-") for each in found] for name in names}
+    return {name: v[:1] if len(set(v)) == 1 else v for name, v in table.items()}
+
+
+def _problems(store: Store | None, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each run that is not finished: what failed, and the command that goes on with it."""
+    found = []
+    for run in dict.fromkeys(str(row["run"]) for row in rows):
+        own = [row for row in rows if row["run"] == run]
+        if all(row["state"] == "done" for row in own):
+            continue
+        errors = [f"{row['stage']}: {row['error']}" for row in own if row["error"]]
+        running = [row["stage"] for row in own if row["state"] == "running"]
+        found.append(
+            {
+                "run": run,
+                "errors": errors,
+                "running": running,
+                "resume": resume_text(store, run),
+            }
+        )
+    return found

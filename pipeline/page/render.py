@@ -1,0 +1,61 @@
+"""Templates and figures made into the text of one self-contained page."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..figures.style import GRID, INK, PAPER, rounded, save
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_TEMPLATES = Path(__file__).parents[1] / "templates"
+MOST_SVG = 400_000  # bytes; of a larger one a PNG is embedded
+TEXT = ("run", "stage", "state", "model", "quantizer", "teacher", "arm", "arm - against", "verdict")
+
+
+def render_page(template: str, values: Mapping[str, Any]) -> str:
+    """A page from a template and what it shows."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        loader=FileSystemLoader(_TEMPLATES),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values, text_columns=TEXT)
+
+
+def embedded(figure: Figure, caption: str) -> str:
+    """A figure as part of a page, in the page's own colours; read aloud as its caption."""
+    from markupsafe import Markup
+
+    svg = save(figure, "svg").decode()
+    if len(svg) > MOST_SVG:
+        data = base64.b64encode(save(figure, "png")).decode()
+        return Markup(f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">')
+    return inlined(svg, caption)
+
+
+def inlined(svg: str, caption: str) -> str:
+    """An SVG file's drawing, in the page's own colours and without what only a file needs."""
+    from markupsafe import Markup
+
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # names that figures of one page would share
+    svg = re.sub(r'\s*xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r"font: ([^;'\"]*)'[^;\"]*", r"font: \1sans-serif", svg)
+    for colour, own in ((INK, "currentColor"), (GRID, "var(--grid)"), (PAPER, "var(--paper)")):
+        svg = svg.replace(colour, own)
+    svg = re.sub(r'(<svg [^>]*?)width="([\d.]+)pt" height="[\d.]+pt"', r"\1", svg, count=1)
+    svg = rounded(svg, 1)  # points, on a screen
+    svg = re.sub(r">\s+<", "><", svg)
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"', 1))

@@ -1,0 +1,138 @@
+"""The page of a ladder and its figures, of real ladders."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from bitladder.flows.commands import show_report
+from bitladder.pipeline.config_load import parse_config
+from bitladder.pipeline.errors import ConfigError
+from bitladder.pipeline.figures import drawn, figures
+from bitladder.pipeline.figures.pareto import Point, front
+from bitladder.pipeline.figures.style import save
+from bitladder.pipeline.look import make_missing_looks
+from bitladder.pipeline.report import render, reports, write_figures
+from bitladder.pipeline.runner import open_ladder, run_ladder
+from bitladder.pipeline.store import Store
+from tiny_ladder import TINY
+
+RUNGS = [TINY["ladder"][0], TINY["ladder"][2]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The store of a ladder of two rungs that was looked into."""
+    torch.set_num_threads(1)
+    store = Store(tmp_path_factory.mktemp("pages") / "artifacts")
+    run_ladder(open_ladder(parse_config({**TINY, "ladder": RUNGS}), store, lambda event: None))
+    make_missing_looks(store, store.run())
+    return Store(store.root)  # all that is drawn comes from the files
+
+
+@pytest.fixture(scope="module")
+def page(finished):
+    return page_of(finished)
+
+
+def page_of(store):
+    runs = store.runs()
+    return render(reports(store, runs), "html", store, runs).decode()
+
+
+class Addresses(HTMLParser):
+    """Whatever a browser would follow or load."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.drawings = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        names = ("src", "href", "xlink:href", "srcset", "data", "action")
+        self.found += [attributes[name] for name in names if name in attributes]
+        if tag == "svg":
+            self.drawings.append(attributes["aria-label"])
+
+
+def test_the_page_loads_nothing(page):
+    found = Addresses(page).found
+    assert found
+    assert all(address.startswith(("#", "data:image/png;base64,")) for address in found)
+    assert "@import" not in page
+    assert not re.search(r"url\((?!#)", page)
+    assert "<script" not in page
+
+
+def test_the_page_says_what_was_run(finished, page):
+    run = finished.run()
+    environment = finished.read(run.trained[0]).environment
+    for text in (run.run, "digits", "tiny_convnet", environment["device_name"], torch.__version__):
+        assert text.partition("+")[0] in page
+
+
+def test_the_page_draws_every_figure_in_its_own_colours(finished, page):
+    drawings = Addresses(page).drawings
+    assert len(drawings) == 11
+    assert all(drawings)
+    assert "#1c1c1c" not in page.partition("<svg")[2]  # ink that a dark page would not show
+    assert page.count("currentColor") > 100
+    assert len(page) < 3e6
+
+
+def test_each_rung_has_its_figures_and_each_a_file(finished, tmp_path):
+    paths = write_figures(finished, finished.runs(), "svg", tmp_path / "new")
+    together = {"accuracy-bytes", "accuracy-bitops", "curves-accuracy", "curves-loss"}
+    of_low_bits = ("weights", "activations", "levels", "error", "steps", "teacher")
+    expected = {*together, "fp32-weights", *(f"w1a2-{name}" for name in of_low_bits)}
+    assert {path.stem for path in paths} == expected
+    for path in paths:
+        assert path.read_text().startswith("<?xml")
+    ridges = (tmp_path / "new" / "w1a2-activations.svg").read_text()
+    for layer in finished.read(finished.run().trained[1]).metrics["layers"]:
+        assert f">{layer['layer']}<" in ridges
+
+
+def test_figures_are_matplotlib_objects_and_the_same_bytes_again(finished):
+    found = figures(finished, finished.runs())
+    (again,) = (
+        each.draw() for each in drawn(finished, finished.runs()) if each.name == "accuracy-bytes"
+    )
+    assert save(found["accuracy-bytes"], "svg") == save(again, "svg")
+    assert save(again, "png").startswith(b"\x89PNG")
+    assert again.axes[0].get_xlabel() == "size of the packed file, kB"
+
+
+def test_a_ladder_that_has_not_begun_has_a_page(tiny, store):
+    open_ladder(tiny(), store, lambda event: None)
+    page = page_of(store)
+    assert Addresses(page).drawings == []
+    assert "is not finished" in page
+    assert f"bitladder resume {store.run().run}" in page
+
+
+def test_the_page_of_a_failed_ladder_says_why_and_how_to_go_on(tiny, store):
+    ladder = open_ladder(tiny(), store, lambda event: None)
+    store.fail(ladder.plan.stages[0].key, "the loss is nan at step 3 <&>")
+    page = page_of(store)
+    assert "fp32: the loss is nan at step 3 &lt;&amp;&gt;" in page
+    assert f"bitladder resume {store.run().run} --store {store.root}" in page
+
+
+def test_runs_stand_side_by_side(tiny, store):
+    for seed in (0, 7):
+        open_ladder(tiny(seed=seed), store, lambda event: None)
+    page = page_of(store)
+    assert "<dt>seed</dt><dd><span>0</span><span>7</span></dd>" in page
+    assert "<dt>data</dt><dd><span>digits, batches of 128</span></dd>" in page
+
+
+def test_the_front_is_what_nothing_beats():
+    points = [Point("r", "", cost, acc) for cost, acc in [(1, 5), (2, 4), (2, 7), (3, 7), (4, 9)]]
+    assert [(p.cost, p.accuracy) for p in front(points)] == [(1, 5), (2, 7), (4, 9)]
+
+
+def test_figures_of_several_files_need_a_folder(finished):
+    with pytest.raises(ConfigError, match="--out DIR"):
+        show_report([], "png", None, finished)
