@@ -6,7 +6,6 @@ import sqlite3
 from contextlib import closing
 
 import pytest
-from bitladder.pipeline.derived import pack_spec
 from bitladder.pipeline.errors import Interrupted, StageError, StoreError
 from bitladder.pipeline.plan import make_plan
 from bitladder.pipeline.record import MANIFEST, MODEL
@@ -197,8 +196,9 @@ def test_what_the_index_holds_is_what_the_folders_hold(config, store, run):
     with closing(sqlite3.connect(store.root / "results.db")) as connection:
         files = connection.execute("SELECT path, bytes, sha256 FROM artifacts").fetchall()
         stages = dict(connection.execute("SELECT key, sha256 FROM stages").fetchall())
-    packed = [store.find(pack_spec(record.key).key) for record in records]
-    assert stages == {record.key: record.sha256 for record in (*records, *packed)}
+    known = store.run()
+    derived = [store.find(key) for key in (*known.packed, *known.looks)]
+    assert stages == {record.key: record.sha256 for record in (*records, *derived)}
     for path, num_bytes, _ in files:
         assert (store.root / path).stat().st_size == num_bytes
     assert {(path, sha) for path, _, sha in files if path.endswith(MODEL)} == {
