@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MANY = 14  # points; more are not named
+SIZE = (280, 155)  # of the axes, about, in typographic points
 Box = tuple[float, float, float, float]
 
 
@@ -106,7 +107,7 @@ def accuracy_against(rows: Sequence[Mapping[str, Any]], cost: Cost) -> Figure:
     panel.grid(axis="both")
     figure.legend(loc="outside lower center", ncols=3 if len(runs) == 1 else 1)
     if len(points) <= MANY:
-        _names(figure, panel, points)
+        _names(panel, points)
     return figure
 
 
@@ -118,13 +119,13 @@ def _full_precision(panel: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         panel.axhline(100 * value, color=BLUE, linestyle=(0, (4, 3)), linewidth=1, label=label)
 
 
-def _names(figure: Figure, panel: Axes, points: Sequence[Point]) -> None:
+def _names(panel: Axes, points: Sequence[Point]) -> None:
     """Beside each point the rung's name, on the first side where nothing stands yet."""
-    figure.draw_without_rendering()
-    spots = panel.transData.transform([(point.cost, point.accuracy) for point in points])
-    pixels = figure.dpi / 72  # a point
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots / pixels]
-    for point, (x, y) in zip(points, spots / pixels, strict=True):
+    to_axes = panel.transScale + panel.transLimits
+    shares = to_axes.transform([(point.cost, point.accuracy) for point in points])
+    spots = [(x * SIZE[0], y * SIZE[1]) for x, y in shares]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
+    for point, (x, y) in zip(points, spots, strict=True):
         half = 2.6 * len(point.stage)  # of the name's width, in points
         boxes = {
             ("center", "bottom", 0, 6): (x - half, y + 6, x + half, y + 15),

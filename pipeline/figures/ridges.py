@@ -39,11 +39,13 @@ def ridges(stage: str, layers: Sequence[Mapping[str, Any]], half: Half) -> Figur
     groups = _by_width(layers, half)
     rows = [len(group) for group in groups.values()]
     height = 0.75 + sum(0.3 * count + 0.5 for count in rows)
-    figure = new_figure(WIDTH, max(height, 2.2), f"{stage}: {NAMES[half]} on their levels")
+    quantized = any(bits != NO_BITS for bits in groups)
+    title = f"{stage}: {NAMES[half]}{' on their levels' if quantized else ''}"
+    figure = new_figure(WIDTH, max(height, 2.2), title)
     panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=rows).flatten()
     for panel, (bits, group) in zip(panels, groups.items(), strict=True):
         _panel(panel, bits, group)
-    _legend(figure, quantized=any(bits != NO_BITS for bits in groups))
+    _legend(figure, quantized=quantized)
     return figure
 
 

@@ -36,6 +36,7 @@ def step_sizes(stage: str, epochs: Sequence[Mapping[str, Any]]) -> Figure:
         panel.set_title(HALVES[half], loc="left")
         panel.set_ylabel("step")
     panels[-1].set_xlabel("epoch")
+    panels[-1].set_xlim(epochs[0]["epoch"] - 0.5, epochs[-1]["epoch"] + 0.5)
     panels[-1].locator_params(axis="x", integer=True)
     return figure
 

@@ -9,12 +9,16 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..figures.style import GRID, INK, PAPER, rounded, save
+from ..figures.style import BLUE, GRID, INK, PAPER, VERMILLION, rounded, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TEMPLATES = Path(__file__).parents[1] / "templates"
+OWN_COLOURS = {  # the last two are too dark for dark paper
+    **{INK: "currentColor", GRID: "var(--grid)", PAPER: "var(--paper)"},
+    **{BLUE: "var(--blue)", VERMILLION: "var(--vermillion)"},
+}
 MOST_SVG = 400_000  # bytes; of a larger one a PNG is embedded
 TEXT = ("run", "stage", "state", "model", "quantizer", "teacher", "arm", "arm - against", "verdict")
 
@@ -53,8 +57,8 @@ def inlined(svg: str, caption: str) -> str:
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # names that figures of one page would share
     svg = re.sub(r'\s*xmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r"font: ([^;'\"]*)'[^;\"]*", r"font: \1sans-serif", svg)
-    for colour, own in ((INK, "currentColor"), (GRID, "var(--grid)"), (PAPER, "var(--paper)")):
-        svg = svg.replace(colour, own)
+    for colour, own in OWN_COLOURS.items():
+        svg = svg.replace(colour.lower(), own)
     svg = re.sub(r'(<svg [^>]*?)width="([\d.]+)pt" height="[\d.]+pt"', r"\1", svg, count=1)
     svg = rounded(svg, 1)  # points, on a screen
     svg = re.sub(r">\s+<", "><", svg)
