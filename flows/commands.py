@@ -204,19 +204,20 @@ def _state(store: Store, run: Run) -> str:
 
 def show_report(names: Sequence[str], form: str, out: Path | None, store: Store) -> None:
     """`bitladder report`."""
+    from ..pipeline.figures.style import FORMS
     from ..pipeline.look import make_missing_looks
     from ..pipeline.report import render, reports, write_figures, write_report
 
     runs = [store.run(name) for name in names] if names else [store.run()]
-    if form in ("png", "svg") and out is None:
+    if form in FORMS and out is None:
         raise ConfigError([f"{form} is a file for each figure; give --out DIR"])
-    if form in ("html", "png", "svg"):
+    if form in ("html", *FORMS):
         for run in runs:
             make_missing_looks(store, run)
     frame = reports(store, runs)
     if out is not None:
         try:
-            if form == "png" or form == "svg":
+            if form in FORMS:
                 print("\n".join(map(str, write_figures(store, runs, form, out))))
             else:
                 print(write_report(frame, form, out, store, runs))
@@ -248,18 +249,18 @@ def print_frame(frame: Any, store: Store) -> None:
 
 
 def _print_on_terminal(frame: Any) -> None:
-    from ..pipeline.report import note_lines, people
+    from ..pipeline.report import note_lines, people, text_rows
 
     shown = people(frame)
     if "run" not in shown:
         print(frame["run"].iloc[0])
     drops = [None if drop != drop else float(drop) for drop in frame["drop"]]  # NaN: not known
     if any(drawn := bars(drops)):
-        shown.insert(shown.columns.get_loc("drop") + 1, _BAR, drawn)
+        shown.insert(list(shown.columns).index("drop") + 1, _BAR, drawn)
     shown["state"] = [coloured(state) for state in shown["state"]]
     text = ("run", "stage", "state", "model", "quantizer", "teacher", _BAR)
     numbers = [column for column in shown.columns if column not in text]
-    print_rows(shown.to_dict("records"), right=numbers, dispensable=_DISPENSABLE)
+    print_rows(text_rows(shown), right=numbers, dispensable=_DISPENSABLE)
     for line in note_lines(frame):
         print(line)
 

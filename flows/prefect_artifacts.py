@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from ..pipeline.derived import pack_spec
@@ -76,12 +76,13 @@ class Artifacts:
         from prefect.artifacts import create_link_artifact, create_table_artifact
 
         folder = (self._store.reports / self._run_id).resolve()
-        self._table = create_table_artifact(
+        made = create_table_artifact(
             self._rows(),
             key=self._key("table"),
             description=f"The rungs of {self._run_id}. Accuracies in percent, drop against FP32 in "
             f"points. More columns: `bitladder report {self._run_id}`",
         )
+        self._table = cast("UUID", made)  # its type has the coroutine of another use
         create_link_artifact(
             folder.as_uri(), str(folder), key=self._key("reports"), description=f"Reports. {_LOCAL}"
         )
@@ -91,19 +92,19 @@ class Artifacts:
             _update(self._table, data=json.dumps(self._rows()))
 
     def _rows(self) -> list[dict[str, str]]:
-        from ..pipeline.report import people
+        from ..pipeline.report import people, text_rows
 
         shown = people(self._frame())
-        return shown[[column for column in _TABLE if column in shown]].to_dict("records")
+        return text_rows(shown[[column for column in _TABLE if column in shown]])
 
     def _write_page(self, position: int, name: str) -> None:
         from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
-        from ..pipeline.report import people
+        from ..pipeline.report import people, text_rows
 
         frame = self._frame().iloc[[position]]
         row: dict[str, Any] = frame.iloc[0].to_dict()
-        page = rung_page(f"{self._run_id}: {name}", people(frame).iloc[0].to_dict(), row)
+        page = rung_page(f"{self._run_id}: {name}", text_rows(people(frame))[0], row)
         words = (str(position + 1), name)
         create_markdown_artifact(page, key=self._key(*words))
         file = (self._store.stages / pack_spec(row["key"]).key / PACKED).resolve()

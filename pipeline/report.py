@@ -12,7 +12,8 @@ from .auto_ladder import recorded_course
 from .derived import differs_too_much
 from .errors import ConfigError
 from .figures import drawn
-from .figures.style import FORMS, Form, save
+from .figures.style import FORMS as FIGURE_FORMS
+from .figures.style import save
 from .files import write_atomic
 from .page import ladder_page
 from .record import MANIFEST
@@ -210,7 +211,7 @@ def render(
             message = "parquet needs pyarrow; install it with: pip install 'bitladder[parquet]'"
             raise ConfigError([message]) from None
         return buffer.getvalue()
-    known = ", ".join((*FORMATS, *FORMS))
+    known = ", ".join((*FORMATS, *FIGURE_FORMS))
     raise ConfigError([f"unknown report format {form!r}; known: {known}"])
 
 
@@ -224,7 +225,7 @@ def write_report(
     return path
 
 
-def write_figures(store: Store, runs: Sequence[Run], form: Form, folder: Path) -> list[Path]:
+def write_figures(store: Store, runs: Sequence[Run], form: str, folder: Path) -> list[Path]:
     """Writes each figure of some runs to a file of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -295,6 +296,11 @@ def people(frame: pd.DataFrame) -> pd.DataFrame:
         "seconds": text("seconds", ".1f"),
     }
     return pd.DataFrame(columns)
+
+
+def text_rows(shown: pd.DataFrame) -> list[dict[str, str]]:
+    """A table of text, such as that of `people`, row by row."""
+    return [{str(k): str(v) for k, v in row.items()} for row in shown.to_dict("records")]
 
 
 def _pair(row: dict[Any, Any]) -> str:

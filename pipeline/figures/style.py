@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, get_args
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 P = ParamSpec("P")
-Form = Literal["png", "svg"]
-FORMS: tuple[Form, ...] = get_args(Form)
+FORMS = ("png", "svg")
 # Okabe and Ito's colours, told apart by every kind of colour vision
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY = "#E69F00", "#56B4E9"
@@ -71,7 +70,7 @@ def new_figure(width: float, height: float, title: str) -> Figure:
     return figure
 
 
-def save(figure: Figure, form: Form) -> bytes:
+def save(figure: Figure, form: str) -> bytes:
     """A figure's file; the same figure gives the same bytes."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
