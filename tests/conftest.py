@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 
 import pytest
+from absl.logging import get_absl_handler
 from hypothesis import settings
 
 _home = tempfile.TemporaryDirectory(prefix="bitladder-prefect-", ignore_cleanup_errors=True)
@@ -20,6 +22,10 @@ os.environ |= {
 }
 os.environ.pop("PREFECT_API_URL", None)  # a server that happens to run is not a test's business
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # sums depend on the number of threads
+
+# TensorBoard logs through absl, which closes its stream when Prefect sets up logging: it is not to
+# be the one that pytest captures into
+get_absl_handler().python_handler.setStream(sys.__stderr__)
 
 # a busy machine is no failure, and the same tree is tested on the same values every time
 settings.register_profile("bitladder", deadline=None, derandomize=True)
