@@ -1,6 +1,6 @@
 """Writes docs/reference/ from the code: commands, config, parts and Python's public names.
 
-`make docs` runs it; a test compares the pages with what it would write.
+`make docs` runs it; a test compares the pages with what it writes into another folder.
 """
 
 from __future__ import annotations
@@ -342,13 +342,13 @@ def _joined(text: Iterable[str]) -> str:
     return "\n\n".join(piece.strip("\n") for piece in text) + "\n"
 
 
-def main() -> None:
+def main(folder: Path = FOLDER) -> None:
     """Writes the pages, each whole."""
-    FOLDER.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     for name, text in pages().items():
-        (FOLDER / name).write_text(text, encoding="utf-8")
-        print(FOLDER / name, file=sys.stderr)
+        (folder / name).write_text(text, encoding="utf-8")
+        print(folder / name, file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(Path, sys.argv[1:]))
