@@ -34,11 +34,11 @@ def make_missing_looks(store: Store, run: Run) -> None:
     Raises:
         Interrupted: a stop was asked for.
     """
-    from .derive import derive  # imports the whole of training
-
     for stage, key in zip(run.stages, run.looks, strict=True):
         if store.find(key) is not None or store.find(str(stage["key"])) is None:
             continue
+        from .derive import derive  # imports the whole of training, for nothing if none is missing
+
         spec = look_spec(str(stage["key"]), teacher_keys(stage["spec"]["parents"]))
         try:
             derive(run, str(stage["name"]), spec, store)
