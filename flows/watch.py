@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ..pipeline.auto_ladder import is_over
 from ..pipeline.events import Event, Listener
-from ..pipeline.onlooker import Seen, epochs_of, look_at, packed_by, read_again
+from ..pipeline.onlooker import Seen, epochs_of, look_at, read_again
 from ..pipeline.run import Run
 from ..pipeline.store import Store
 from .progress import terminal_listener
@@ -65,9 +65,8 @@ class Watch:
         """One look at everything, at a time in seconds; whether the watching is over."""
         self.run, touched = read_again(self.store, self.run)
         seen: list[tuple[int, Seen]] = []
-        for position, planned in enumerate(self.run.stages):
-            key = str(planned["key"])
-            for each, packs in ((key, False), (packed_by(key), True)):
+        for position, keys in enumerate(zip(self.run.trained, self.run.packed, strict=True)):
+            for each, packs in zip(keys, (False, True), strict=True):
                 sight = look_at(self.store, each)
                 seen.append((position, sight))
                 self._tell(position, each, packs, sight)

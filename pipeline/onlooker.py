@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .derived import pack_spec
 from .files import TornFileError, read_json
 from .record import CHECKPOINT, MANIFEST, METRICS
 from .run import Run
+from .run_file import read_run_file
 from .store import Store
 
 Sight = Literal["done", "held", "abandoned", "failed", "stopped", "nothing"]
@@ -51,11 +51,6 @@ def look_at(store: Store, key: str) -> Seen:
     return Seen("stopped" if (part / CHECKPOINT).is_file() else "nothing")
 
 
-def packed_by(key: str) -> str:
-    """The key of the stage that packs a stage."""
-    return pack_spec(key).key
-
-
 def epochs_of(store: Store, key: str) -> list[dict[str, Any]]:
     """The lines that a stage in training has written: an epoch each."""
     try:
@@ -67,11 +62,11 @@ def epochs_of(store: Store, key: str) -> list[dict[str, Any]]:
 
 def read_again(store: Store, run: Run) -> tuple[Run, str]:
     """A run as its file has it now, for an automatic ladder grows; and when it was last begun."""
-    raw = _json(store.reports / run.run / "run.json")
     try:
-        return Run.from_dict(raw), str(raw.get("touched", ""))
-    except KeyError:
+        raw = read_run_file(store.reports / run.run / "run.json")
+    except (OSError, TornFileError):
         return run, ""
+    return Run.from_dict(raw), str(raw.get("touched", ""))
 
 
 def _json(path: Path) -> dict[str, Any]:

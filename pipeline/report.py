@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from .auto_ladder import recorded_course
 from .derived import differs_too_much
 from .errors import ConfigError
-from .figures import drawn
+from .figures import drawn, rows_of
 from .figures.style import FORMS as FIGURE_FORMS
 from .figures.style import save
 from .files import write_atomic
@@ -188,8 +188,7 @@ def render(
         return frame.to_csv(index=False, lineterminator="\n").encode()
     if form == "json":
         # not pandas' own: it drops the last digits of a float
-        records = frame.astype(object).where(frame.notna(), None).to_dict("records")
-        return (json.dumps(records, indent=1, allow_nan=False) + "\n").encode()
+        return (json.dumps(rows_of(frame), indent=1, allow_nan=False) + "\n").encode()
     if form == "markdown":
         table = people(frame).to_markdown(index=False, disable_numparse=True)
         notes = [f"- {line}" for line in note_lines(frame)]

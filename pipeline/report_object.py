@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from .derived import pack_spec
 from .errors import ConfigError, StoreError
-from .files import write_atomic
 from .record import METRICS, PACKED, StageRecord
-from .report import note_lines, people, plain_table, render, reports
+from .report import note_lines, people, plain_table, reports, write_report
 from .run import Run
 from .store import DEFAULT_STORE, Store
 
@@ -174,10 +173,7 @@ class Report:
         path = Path(path)
         if path.suffix not in FORMS:
             raise ConfigError([f"{path}: its ending is none of {', '.join(FORMS)}"])
-        data = render(self.frame, FORMS[path.suffix], self.store, self.runs)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, data)
-        return path
+        return write_report(self.frame, FORMS[path.suffix], path, self.store, self.runs)
 
     def _lines(self) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
         """Lines of metrics.jsonl with the run and the stage that they are of."""

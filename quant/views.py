@@ -121,9 +121,8 @@ def _weight(layer: QuantLayer, plan: LayerPlan) -> View:
 
 
 def _view(seen: Seen, name: str | None, values: Tensor, codes: Tensor, q: QTensor) -> View:
-    levels = (q.levels() / q.scale.reshape(-1, 1)).mean(
-        0
-    )  # (L,), of codebooks per channel the mean
+    # (L,), of codebooks per channel the mean
+    levels = (q.levels() / q.scale.reshape(-1, 1)).mean(0)
     counts = torch.bincount(codes.int(), minlength=len(levels))
     if len(levels) > MOST_LEVELS:
         levels = torch.stack([part.mean() for part in levels.tensor_split(MOST_LEVELS)])

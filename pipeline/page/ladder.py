@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from ..figures import Drawn
 
-MOST_EXAMPLES = 12
-
 
 @dataclass
 class Rung:
@@ -101,7 +99,7 @@ def _rung(store: Store, run: Run, stage: Mapping[str, Any], *, several: bool) ->
         return str(classes[label]) if label < len(classes) else str(label)
 
     for teacher in look.get("teachers", ()):
-        for example in teacher["examples"][:MOST_EXAMPLES]:
+        for example in teacher["examples"]:
             words = {side: named(example[side]) for side in ("target", "student", "teacher")}
             rung.examples.append({"png": example["png"], **words})
     return rung
