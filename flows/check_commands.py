@@ -12,9 +12,9 @@ from rich.table import Table
 
 from ..pipeline.derived import pack_spec
 from ..pipeline.errors import ConfigError, StoreError
+from ..pipeline.resume_command import resume_command
 from ..pipeline.run import Run
 from ..pipeline.store import Store
-from .resume_command import resume_command
 from .tables import print_rows, print_table, table_of
 
 # what a terminal too narrow for the layers does without, the first one first

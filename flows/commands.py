@@ -15,10 +15,10 @@ from ..pipeline.auto_ladder import is_over
 from ..pipeline.derived import differs_too_much
 from ..pipeline.errors import ConfigError
 from ..pipeline.record import CHECKPOINT
+from ..pipeline.resume_command import resume_command
 from ..pipeline.run import Run
 from ..pipeline.store import Store
 from ..pipeline.study_record import StudyRecord, damaged_studies, study_records, study_state
-from .resume_command import resume_command
 from .tables import bars, coloured, print_rows, print_table, table_of
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from ..pipeline.errors import BitladderError, ConfigError, Interrupted, StoreErr
 from ..pipeline.events import Listener
 from ..pipeline.interruption import Interruption
 from ..pipeline.report import REPORTS, accuracy_report, write_report
+from ..pipeline.resume_command import resume_command
 from ..pipeline.run import Run
 from ..pipeline.runner import Ladder, open_ladder, run_ladder, run_stage, stages_in_turn
 from ..pipeline.spec import Plan, PlannedStage
 from ..pipeline.store import Store
 from .prefect_ladder import run_flow
 from .prefect_server import temporary_api
-from .resume_command import resume_command
 
 log = logging.getLogger(__name__)
 RUNNERS = ("prefect", "plain")

@@ -16,9 +16,9 @@ from ..pipeline.derived import pack_spec
 from ..pipeline.errors import StageError
 from ..pipeline.events import Event
 from ..pipeline.record import PACKED
+from ..pipeline.resume_command import resume_command
 from ..pipeline.store import Store
 from .progress import describe, filled, heading, throttled
-from .resume_command import resume_command
 
 log = logging.getLogger(__name__)
 ARTIFACT_SECONDS = 5.0  # between two updates of a progress artifact; one costs 7 ms

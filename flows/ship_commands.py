@@ -13,9 +13,9 @@ from ..pipeline.derived import SUFFIXES, bench_spec, export_spec
 from ..pipeline.errors import ConfigError, StoreError
 from ..pipeline.files import write_atomic
 from ..pipeline.record import StageRecord
+from ..pipeline.resume_command import resume_command
 from ..pipeline.run import Run
 from ..pipeline.store import Store
-from .resume_command import resume_command
 from .tables import print_table, table_of
 
 

@@ -13,10 +13,10 @@ from rich.console import Console
 from ..pipeline.auto_ladder import is_over
 from ..pipeline.events import Event, Listener
 from ..pipeline.onlooker import Seen, epochs_of, look_at, read_again
+from ..pipeline.resume_command import resume_command
 from ..pipeline.run import Run
 from ..pipeline.store import Store
 from .progress import terminal_listener
-from .resume_command import resume_command
 
 LOOK_SECONDS = 0.5  # between two looks; one reads a few small files
 QUIET_SECONDS = 10.0  # without any process: between two stages Prefect takes its time

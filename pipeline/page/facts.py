@@ -8,7 +8,7 @@ from typing import Any
 from ..record import StageRecord
 from ..run import Run
 from ..spec import model_text
-from ..store import DEFAULT_STORE, Store
+from ..store import Store
 
 HIDDEN = ("name", "root", "batch_size")  # of the data: said elsewhere, or the reader's own
 
@@ -38,12 +38,6 @@ def state_text(states: Sequence[str]) -> str:
         if state in states:
             return f"{state}; {done} are done"
     return "done" if set(states) == {"done"} else f"not finished; {done} are done"
-
-
-def resume_text(store: Store | None, run: str) -> str:
-    """The command that goes on with a run."""
-    where = "" if store is None or store.root == DEFAULT_STORE else f" --store {store.root}"
-    return f"bitladder resume {run}{where}"
 
 
 def _data(data: Mapping[str, Any]) -> str:

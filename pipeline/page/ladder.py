@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..look import read_look
+from ..resume_command import resume_command
 from ..run import Run
 from ..store import Store
-from .facts import facts, resume_text
+from .facts import facts
 from .render import embedded, render_page
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def _problems(store: Store | None, rows: Sequence[Mapping[str, Any]]) -> list[di
                 "run": run,
                 "errors": errors,
                 "running": running,
-                "resume": resume_text(store, run),
+                "resume": resume_command(store, run),
             }
         )
     return found
