@@ -12,7 +12,8 @@ from rich.console import Console
 
 from ..pipeline.auto_ladder import is_over
 from ..pipeline.events import Event, Listener
-from ..pipeline.onlooker import Seen, epochs_of, look_at, read_again
+from ..pipeline.history import epochs_of
+from ..pipeline.onlooker import Seen, look_at, read_again
 from ..pipeline.resume_command import resume_command
 from ..pipeline.run import Run
 from ..pipeline.store import Store

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .files import TornFileError, read_json
-from .record import CHECKPOINT, MANIFEST, METRICS
+from .record import CHECKPOINT, MANIFEST
 from .run import Run
 from .run_file import read_run_file
 from .store import Store
@@ -49,15 +48,6 @@ def look_at(store: Store, key: str) -> Seen:
     if note := _json(part / "error.json"):
         return Seen("failed", str(note.get("error")), str(note.get("time", "")))
     return Seen("stopped" if (part / CHECKPOINT).is_file() else "nothing")
-
-
-def epochs_of(store: Store, key: str) -> list[dict[str, Any]]:
-    """The lines that a stage in training has written: an epoch each."""
-    try:
-        lines = (store.stages / f"{key}.part" / METRICS).read_text().splitlines()
-        return [json.loads(line) for line in lines]
-    except (OSError, ValueError):  # not begun, or committed meanwhile
-        return []
 
 
 def read_again(store: Store, run: Run) -> tuple[Run, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from .derived import pack_spec
 from .errors import ConfigError, StoreError
-from .record import METRICS, PACKED, StageRecord
+from .history import epochs_of
+from .record import PACKED, StageRecord
 from .report import note_lines, people, plain_table, reports, write_report
 from .run import Run
 from .store import DEFAULT_STORE, Store
@@ -180,15 +180,8 @@ class Report:
         for run in self.runs:
             for stage in run.stages:
                 place = {"run": run.run, "stage": str(stage["name"])}
-                done = self.store.stages / str(stage["key"]) / METRICS
-                part = self.store.stages / f"{stage['key']}.part" / METRICS
-                path = done if done.is_file() else part
-                if path.is_file():
-                    for line in path.read_text(encoding="utf-8").splitlines():
-                        try:
-                            yield place, json.loads(line)
-                        except ValueError:
-                            break  # being written
+                for line in epochs_of(self.store, str(stage["key"])):
+                    yield place, line
 
     def __repr__(self) -> str:
         return plain_table(self.frame)

@@ -8,7 +8,6 @@ another ladder) is written when the stage is there.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -29,7 +28,8 @@ from ..quant.swap import quant_layers
 from .config import RunConfig, RuntimeConfig
 from .data import DataBundle
 from .errors import ConfigError
-from .record import METRICS, StageRecord
+from .history import epochs_of
+from .record import StageRecord
 from .spec import Plan, PlannedStage
 from .store import Store
 
@@ -86,8 +86,7 @@ def chart_result(store: Store, plan: Plan, stage: PlannedStage, done: StageRecor
     charts = charts_of(store, plan, stage)
     if charts is None:
         return
-    lines = (store.stages / done.key / METRICS).read_text().splitlines()
-    charts.add([json.loads(line) for line in lines], result=done.metrics)
+    charts.add(epochs_of(store, done.key), result=done.metrics)
 
 
 @dataclass

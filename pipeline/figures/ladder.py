@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..history import epochs_of
 from ..look import read_look
-from ..record import METRICS
 from ..run import Run
 from ..store import Store
 from .curves import Course, accuracy_curves, loss_curves
@@ -101,24 +100,8 @@ def _of_stage(
 def course_of(store: Store, stage: Row) -> Course:
     """How a rung's training went, as far as it has come."""
     record = store.read(stage["key"])
-    folder = store.stages / (stage["key"] if record else f"{stage['key']}.part")
     test = record.metrics.get("test_top1") if record else None
-    return Course(str(stage["name"]), _lines(folder / METRICS), test)
-
-
-def _lines(path: Any) -> list[dict[str, Any]]:
-    """The epochs in a file; none where it is not there, and no torn line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError:
-        return []
-    found = []
-    for line in text.splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-    return found
+    return Course(str(stage["name"]), epochs_of(store, str(stage["key"])), test)
 
 
 _PARETO = (
