@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,6 @@ HEAVY = {"torchvision", "prefect", "pandas", "matplotlib", "scipy", "sklearn", "
 MAX_LINES = 400
 # not inside a longer path or word: only what begins at the root of a file system
 MACHINE_PATHS = re.compile(r"(?<![\w.*-])/(?:work|root|tmp/(?:bash|dev))\b|\.\./shared")
-
-every_file = pytest.mark.parametrize("file", FILES, ids=str)
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,9 @@ def imports_of(source: str, file: Path) -> Iterator[Import]:
     return walk(ast.parse(source), True, False)
 
 
-def read_imports(file: Path) -> list[Import]:
-    return list(imports_of((ROOT / file).read_text(), file))
+@cache
+def every_import() -> list[tuple[Path, Import]]:
+    return [(file, i) for file in FILES for i in imports_of((ROOT / file).read_text(), file)]
 
 
 def test_imports_are_read_as_python_resolves_them():
@@ -121,54 +121,49 @@ def test_every_package_is_looked_at(package):
     assert any(file.parts[0] == package for file in FILES)
 
 
-@every_file
-def test_imports_go_one_way(file):
-    allowed = MAY_IMPORT[file.parts[0]]
+def test_imports_go_one_way():
     assert [
-        (i.line, i.name)
-        for i in read_imports(file)
-        if i.is_under("bitladder") and not any(i.is_under(module) for module in allowed)
+        f"{file}:{i.line} {i.name}"
+        for file, i in every_import()
+        if i.is_under("bitladder")
+        and not any(i.is_under(module) for module in MAY_IMPORT[file.parts[0]])
     ] == []
 
 
-@every_file
-def test_imports_inside_the_packages_are_relative(file):
+def test_imports_inside_the_packages_are_relative():
     own = ("bitladder", *PACKAGES)
     assert [
-        (i.line, i.name)
-        for i in read_imports(file)
+        f"{file}:{i.line} {i.name}"
+        for file, i in every_import()
         if not i.relative and any(i.is_under(module) for module in own)
     ] == []
 
 
-@every_file
-def test_an_outside_library_is_imported_only_in_its_home(file):
+def test_an_outside_library_is_imported_only_in_its_home():
     assert [
-        (i.line, i.name)
-        for i in read_imports(file)
+        f"{file}:{i.line} {i.name}"
+        for file, i in every_import()
         for library, homes in HOMES.items()
         if i.is_under(library) and not i.for_types
         if not any(fnmatch(file.as_posix(), home) for home in homes)
     ] == []
 
 
-@every_file
-def test_heavy_libraries_wait_for_the_call_that_needs_them(file):
+def test_heavy_libraries_wait_for_the_call_that_needs_them():
     assert [
-        (i.line, i.name)
-        for i in read_imports(file)
+        f"{file}:{i.line} {i.name}"
+        for file, i in every_import()
         if i.at_load and any(i.is_under(library) for library in HEAVY)
     ] == []
 
 
-@every_file
-def test_a_module_has_a_docstring(file):
-    assert ast.get_docstring(ast.parse((ROOT / file).read_text()))
+def test_a_module_has_a_docstring():
+    assert [f for f in FILES if not ast.get_docstring(ast.parse((ROOT / f).read_text()))] == []
 
 
-@every_file
-def test_a_file_is_short(file):
-    assert len((ROOT / file).read_text().splitlines()) <= MAX_LINES
+def test_a_file_is_short():
+    lines = {file: len((ROOT / file).read_text().splitlines()) for file in FILES}
+    assert {file: count for file, count in lines.items() if count > MAX_LINES} == {}
 
 
 def test_a_module_has_found_its_name():

@@ -71,7 +71,7 @@ def test_a_file_in_the_folder_is_a_quantizer_and_keeps_the_laws(tmp_path):
         check=False,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    passed = re.findall(r"^PASSED \S+::(\w+)\[(?:\w+-)?twn-", ended.stdout, flags=re.M)
+    passed = re.findall(r"^PASSED \S+::(\w+)\[(?:\w+-)?twn[-\]]", ended.stdout, flags=re.M)
     assert {
         "test_training_sees_what_export_stores",
         "test_codes_are_few_and_stored_narrow",

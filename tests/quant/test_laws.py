@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any, get_args
 
 import pytest
@@ -76,11 +79,42 @@ def admits(name: str, site: Site, options: dict[str, Any]) -> bool:
 
 
 SETUPS = every_setup()
-every_quantizer = pytest.mark.parametrize("setup", SETUPS, ids=str)
+Law = Callable[..., None]
 
 
-def those_that_declare(law: str, setups: list[Setup] = SETUPS) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("setup", [s for s in setups if s.declares(law)], ids=str)
+def in_every(setups: list[Setup]) -> Callable[[Law], Law]:
+    """Makes of a law about one `setup` a test a method, whose failure names the setup.
+
+    A test each would be 13,000, which take longer to be told of than to run.
+    """
+
+    def decorate(law: Law) -> Law:
+        @wraps(law, updated=())
+        def test(method: str, **others: Any) -> None:
+            for setup in (s for s in setups if s.name == method):
+                try:
+                    law(setup=setup, **others)
+                except BaseException as error:
+                    error.add_note(f"setup: {setup}")
+                    raise
+
+        signature = inspect.signature(law)
+        arguments = [
+            p.replace(name="method") if p.name == "setup" else p
+            for p in signature.parameters.values()
+        ]
+        test.__signature__ = signature.replace(parameters=arguments)
+        test.pytestmark = list(getattr(law, "pytestmark", []))
+        return pytest.mark.parametrize("method", dict.fromkeys(s.name for s in setups))(test)
+
+    return decorate
+
+
+every_quantizer = in_every(SETUPS)
+
+
+def those_that_declare(law: str, setups: list[Setup] = SETUPS) -> Callable[[Law], Law]:
+    return in_every([s for s in setups if s.declares(law)])
 
 
 def sample(setup: Setup, seed: int = 0) -> Tensor:
@@ -227,9 +261,9 @@ def test_a_copy_is_the_same_and_its_own(setup):
     assert all(torch.equal(v, before[k]) for k, v in quantizer.state_dict().items())
 
 
+@every_quantizer
 @settings(max_examples=5, deadline=None)
 @given(data=st.data())
-@every_quantizer
 def test_any_values_are_encoded_exactly_and_finitely(setup, data):
     quantizer = setup.build()
     quantizer.calibrate(data.draw(channels(), label="calibration").at_site(setup))
@@ -254,7 +288,7 @@ EXPORTED = list(
 )
 
 
-@pytest.mark.parametrize("setup", EXPORTED, ids=str)
+@in_every(EXPORTED)
 def test_torch_export_takes_it(setup):
     quantizer = calibrated(setup).eval()
     x = sample(setup)
@@ -262,7 +296,7 @@ def test_torch_export_takes_it(setup):
     assert torch.equal(program.module()(x), quantizer(x))
 
 
-@pytest.mark.parametrize("setup", [s for s in SETUPS if s.site.target == "activation"], ids=str)
+@in_every([s for s in SETUPS if s.site.target == "activation"])
 def test_an_empty_batch_stays_empty(setup):
     quantizer = calibrated(setup).eval()
     assert quantizer(sample(setup)[:0]).shape == (0, CHANNELS, 3, 5)
