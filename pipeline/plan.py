@@ -26,7 +26,7 @@ from .spec import Plan, PlannedStage, StageSpec
 
 # Raised when the numbers that the training recipe gives change: batch order, schedules,
 # calibration, hand-over, re-estimation.
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 
 
 def make_plan(config: RunConfig) -> Plan:

@@ -12,6 +12,7 @@ from .distributed import synchronised
 from .learner import Learner
 from .optimizer import OptimizerPair, global_norm_clip, set_lr
 from .schedule import lr_factor
+from .step_limits import StepLimits
 from .teachers import Teachers, dropped_teachers
 
 
@@ -26,6 +27,7 @@ class TrainingStep:
 
     Args:
         teachers: they see the student's own batches.
+        optimizer: with the state that it goes on with.
         steps: of the whole stage.
         per_epoch: steps of an epoch.
         seed: decides which teachers a batch does without.
@@ -49,6 +51,7 @@ class TrainingStep:
         self._stage, self._per_epoch, self._seed = stage, per_epoch, seed
         self._frozen = False
         self._synchronised: nn.Module | None = None
+        self._limits = StepLimits(learner.student, optimizer)
 
     def losses(self, x: Tensor, targets: Tensor, step: int) -> dict[str, Tensor]:
         """Every term of the loss and their weighted sum under "total"; scalars, float32.
@@ -77,6 +80,7 @@ class TrainingStep:
         total.backward()
         if self._stage.train.clip_grad_norm is not None:
             global_norm_clip(self.learner, self._stage.train.clip_grad_norm)
+        self._limits.hold()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.learner.after_step(step / self.steps)
