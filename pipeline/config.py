@@ -185,7 +185,7 @@ class AveragingConfig(Section):
         return self
 
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "auto"]  # auto is settled as a config is read
 
 
 class TrainConfig(Section):
@@ -199,7 +199,7 @@ class TrainConfig(Section):
     clip_grad_norm: Positive | None = None
     label_smoothing: Fraction = 0.0
     augment: bool = True
-    precision: Precision = "fp32"  # bf16: of layers' inputs and weights; scales, losses stay fp32
+    precision: Precision = "fp32"  # bf16: of layers, not scales or losses; auto: where it pays
     compile: Literal["auto", "on", "off"] = "off"  # torch.compile; auto: where it should pay
     devices: PositiveInt = 1  # processes that share each batch: on CUDA a GPU each
     calibration_batches: PositiveInt = 8

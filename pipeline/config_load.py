@@ -19,6 +19,7 @@ from .config import AutoConfig, RunConfig, StageConfig
 from .config_check import check_parts
 from .epoch_shares import share_epochs
 from .errors import ConfigError
+from .precision import settle_precision
 from .yaml_reader import apply_overrides, path_text, read_yaml_file
 
 M = TypeVar("M", bound=BaseModel)
@@ -117,7 +118,7 @@ def parse_config(raw: Mapping[str, Any]) -> RunConfig:
         )
     if errors:
         raise ConfigError(list(dict.fromkeys(errors)))
-    return run
+    return settle_precision(run)
 
 
 def _auto(section: Any, total_epochs: Any) -> tuple[AutoConfig, list[Any], list[str]]:

@@ -22,9 +22,9 @@ class StepLimits:
     To the batch norm behind a layer the scale of its weights is nothing, so the gradient of their
     step grows as one over the step. A step that has become too small for its weights falls ever
     faster, through zero, and the next gradient throws it far beyond them (docs/studies.md: from
-    0.003 to 134). Of a sound training's gradients 0 to 0.4 % are cut at 8 and 4 bits and 2 to 18 % at 2
-    and 1, where they are noisy; its accuracy stays (docs/studies.md). Adam's updates do not grow
-    with the gradient, and are left as they are.
+    0.003 to 134). Of a sound training's gradients 0 to 0.4 % are cut at 8 and 4 bits and 2 to 18 %
+    at 2 and 1, where they are noisy; its accuracy stays (docs/studies.md). Adam's updates do not
+    grow with the gradient, and are left as they are.
 
     Args:
         optimizer: with the state that it goes on with.

@@ -1,4 +1,6 @@
+import pytest
 import torch
+from bitladder.pipeline import precision
 from bitladder.pipeline.plan import make_plan
 from quantized_learner import quantized_learner
 from safetensors.torch import load_file
@@ -61,3 +63,35 @@ def test_layers_compute_in_bf16_and_all_that_is_learned_stays_in_float32():
         assert parameter.grad is not None, name
         assert parameter.grad.dtype == torch.float32, name
     assert all(b.dtype != torch.bfloat16 for b in learner.buffers())
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_is_settled_by_machine_and_width_before_anything_is_planned(tiny, monkeypatch, fast):
+    monkeypatch.setattr(precision, "_bf16_is_fast", lambda device: fast)
+    rungs = [*RUNGS, {"weight_bits": 8, "activation_bits": 4}, {**RUNGS[0], "epochs": 1}]
+    train = {"epochs": 2, "optimizer": {"lr": 0.1}, "calibration_batches": 2}
+    config = tiny(ladder=rungs, train={**train, "precision": "auto"})
+    got = {stage.name: stage.train.precision for stage in config.ladder}
+    wide = "bf16" if fast else "fp32"
+    assert got == {
+        **dict.fromkeys(("fp32", "w8a8", "w8a4", "fp32-2"), wide),
+        **dict.fromkeys(("w2a2", "w1a1"), "fp32"),
+    }
+    if not fast:
+        assert keys(config) == keys(tiny(ladder=rungs, train=train))
+
+
+def test_auto_is_settled_on_the_rungs_of_an_automatic_ladder(tiny, monkeypatch):
+    monkeypatch.setattr(precision, "_bf16_is_fast", lambda device: True)
+    rules = {"weight_bits": 2, "activation_bits": 2, "budget": 0.1}
+    config = tiny(ladder="auto", auto=rules, train={"epochs": 1, "precision": "auto"})
+    got = {name: stage.train.precision for name, stage in config.auto.rungs.items()}
+    assert got["w8a8"] == "bf16"
+    assert got["w2a2"] == "fp32"
+
+
+def test_this_machine_says_whether_bf16_is_fast(tiny):
+    rung = tiny(ladder=RUNGS[:1], train={"epochs": 1, "precision": "auto"}).ladder[0]
+    assert rung.train.precision in ("fp32", "bf16")
+    nowhere = tiny(runtime={"device": "nowhere"}, train={"epochs": 1, "precision": "auto"})
+    assert {stage.train.precision for stage in nowhere.ladder} == {"fp32"}
