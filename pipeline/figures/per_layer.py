@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .style import BLUE, VERMILLION, WIDTH, layer_rows, new_figure, styled
+from .style import BLUE, HALVES, VERMILLION, WIDTH, layer_rows, new_figure, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-HALVES = {"weight": ("weights", BLUE, "s"), "activation": ("activations", VERMILLION, "o")}
+LOOKS = {"weight": (BLUE, "s"), "activation": (VERMILLION, "o")}
 FACTS = {"levels": "levels used, %", "clipped": "clipped, %"}
 ERRORS = {"sqnr_db": "SQNR, dB", "effectiveness": "BR effectiveness"}
 
@@ -75,12 +75,14 @@ def _dots(title: str, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, str
 
 
 def _panel(panel: Axes, rows: Sequence[Mapping[str, Any]], fact: str) -> None:
-    for half, (name, colour, marker) in HALVES.items():
+    for half, (colour, marker) in LOOKS.items():
         shift = -0.13 if half == "weight" else 0.13  # equal values stay both in sight
         places = [i for i, row in enumerate(rows) if row[f"{half}_{fact}"] is not None]
         values = [rows[i][f"{half}_{fact}"] for i in places]
         heights = [place + shift for place in places]
-        panel.scatter(values, heights, s=18, color=colour, marker=marker, label=name, zorder=3)
+        panel.scatter(
+            values, heights, s=18, color=colour, marker=marker, label=HALVES[half], zorder=3
+        )
     if fact in FACTS:
         panel.set_xlim(left=0)
     if fact == "levels":

@@ -7,7 +7,7 @@ from itertools import pairwise
 from math import sqrt
 from typing import TYPE_CHECKING, Any, Literal
 
-from .style import BLUE, INK, SKY, VERMILLION, WIDTH, layer_rows, new_figure, styled
+from .style import BLUE, HALVES, INK, SKY, VERMILLION, WIDTH, layer_rows, new_figure, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 Half = Literal["weight", "activation"]
 View = Mapping[str, Any]  # a layer's weights or activations, see the stage kind `look`
-NAMES = {"weight": "weights", "activation": "activations"}
 HEIGHT = 0.8  # of a row's highest bar; a row is 1 high
 FEW = 20  # levels; more are drawn as one outline
 NO_BITS = 32
@@ -40,7 +39,7 @@ def ridges(stage: str, layers: Sequence[Mapping[str, Any]], half: Half) -> Figur
     rows = [len(group) for group in groups.values()]
     height = 0.75 + sum(0.3 * count + 0.5 for count in rows)
     quantized = any(bits != NO_BITS for bits in groups)
-    title = f"{stage}: {NAMES[half]}{' on their levels' if quantized else ''}"
+    title = f"{stage}: {HALVES[half]}{' on their levels' if quantized else ''}"
     figure = new_figure(WIDTH, max(height, 2.2), title)
     panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=rows).flatten()
     for panel, (bits, group) in zip(panels, groups.items(), strict=True):

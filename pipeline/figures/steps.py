@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .style import WIDTH, new_figure, plain_numbers, styled
+from .style import HALVES, WIDTH, new_figure, plain_numbers, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-HALVES = {"weight": "weights", "activation": "activations"}
 
 
 def has_scales(epochs: Sequence[Mapping[str, Any]]) -> bool:

@@ -18,6 +18,7 @@ FORMS = ("png", "svg")
 # Okabe and Ito's colours, told apart by every kind of colour vision
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY = "#E69F00", "#56B4E9"
+HALVES = {"weight": "weights", "activation": "activations"}  # of a layer, as people say
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")  # so that nothing is told by colour alone
 # of letters and axes, of grids, of the paper: a page may put its own in their place
 INK, GRID, PAPER = "#1c1c1c", "#d9d9d9", "#ffffff"
