@@ -67,11 +67,10 @@ def make_canonical(model: nn.Module, weights: Mapping[str, QTensor]) -> nn.Modul
     fixed: dict[nn.Parameter, nn.Parameter] = {}
     for name, layer in weight_layers(model).items():
         values = turned(layer.layer, weights[name].dequantize())
-        latent = layer.latent
-        format = _memory_format(latent)
-        fixed[latent] = nn.Parameter(
-            values.to(latent.device, latent.dtype).contiguous(memory_format=format),
-            requires_grad=False,
+        # with the very strides: of a grey image's weight both memory formats have one content, and
+        # which name its strides bear decides how the convolution adds
+        fixed[layer.latent] = nn.Parameter(
+            torch.empty_like(layer.latent).copy_(values), requires_grad=False
         )
     for layer in layers.values():
         if layer.weight_quantizer is not None:
@@ -98,9 +97,3 @@ def _affine(norm: Any) -> ChannelAffine:
     affine.scale.copy_(scale)
     affine.shift.copy_(shift)
     return affine.eval()
-
-
-def _memory_format(weight: Tensor) -> torch.memory_format:
-    """That of a convolution's weight; grey images' have one of two names for the same strides."""
-    four = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if four else torch.contiguous_format

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from bitladder.quant import QuantPolicy, calibrate, quantize_model
 from bitladder.quant.export.canonical import ChannelAffine, coded_weights, make_canonical
 from bitladder.quant.export.packed import Packed, pack_network, unpack_network
 from bitladder.quant.swap import apply_plan, layer_plan, quant_layers
@@ -45,6 +46,28 @@ def test_a_float_network_packs_as_it_is():
     other, weights = unpack_network(build(), packed)
     assert weights == {}
     assert torch.equal(other(images()), model(images()))
+
+
+@pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
+def test_weights_of_grey_images_have_the_strides_of_their_layer(format):
+    # both formats are one content there, and by the strides' name a convolution adds otherwise
+    def grey():
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 5)).to(memory_format=format)
+
+    x = images()[:, :1]
+    model = quantize_model(grey(), QuantPolicy(4, 4), batches=[x])
+    calibrate(model, [x])
+    model.eval()
+    canonical = make_canonical(copy.deepcopy(model), coded_weights(model))
+    other, weights = unpack_network(apply_plan(grey(), layer_plan(model)), pack_network(model))
+    packed = make_canonical(other, weights)
+    for name, layer in quant_layers(model).items():
+        strides = layer.latent.stride()
+        assert canonical.get_submodule(name).layer.weight.stride() == strides
+        assert packed.get_submodule(name).layer.weight.stride() == strides
+    assert torch.equal(canonical(x), packed(x))
 
 
 def test_codes_take_as_many_bits_as_the_rung_has():
