@@ -50,7 +50,7 @@ class StepLimits:
                 continue
             parts = [p.grad for p in steps]
             share = MOST * (1 - group["momentum"]) ** 2 / group["lr"]
-            most = _flatten_dense_tensors(steps).abs_().mul_(share)
+            most = _flatten_dense_tensors(steps).abs().mul_(share)  # of one it is a view
             gradients = _flatten_dense_tensors(parts)
             held = gradients.clamp(-most, most)
             # writing back is half of the work; to ask a GPU would be to wait for it

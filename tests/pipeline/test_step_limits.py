@@ -69,6 +69,23 @@ def test_gradients_of_sound_size_and_those_of_weights_are_left_as_they_are():
         assert torch.equal(parameter.grad, before[name])
 
 
+def test_a_step_by_itself_is_not_changed_by_looking_at_it():
+    plain = QuantizerChoice("range_linear")  # has no learned step
+    edges = {"first_last_weight": plain, "first_last_activation": plain}
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 5, 5)
+    model = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)))
+    policy = QuantPolicy(8, 8, QuantizerChoice("lsq"), plain, **edges)
+    model = quantize_model(model, policy, batches=[x])
+    calibrate(model, [x])
+    (step,) = scales(model).values()
+    limits, before = StepLimits(model, optimizer_of(model)), step.item()
+    step.grad = torch.full_like(step, 1e6)
+    limits.hold()
+    assert step.item() == before
+    assert 0 < step.grad.item() < 1e6
+
+
 @pytest.mark.parametrize(("name", "own"), [("adam", None), ("sgd", "adam")])
 def test_adam_is_left_alone(name, own):
     model = quantized()
