@@ -21,7 +21,7 @@ from .teachers import Teachers
 # pass; beyond the limit torch runs everything uncompiled and only a log line tells.
 VARIANTS = 64
 
-# What the estimate rests on: a guess for two cores, to be measured with benchmarks/step.py.
+# What the estimate rests on: a guess for two cores with AVX-512; without it nothing is gained.
 FLOPS_PER_THREAD = 1e11  # a second, float32 convolutions
 SECONDS_PER_CALL = 2.5e-4  # of a layer, however small: eager calls forward and backward
 GAIN = 0.15  # of the time of a step
@@ -79,7 +79,7 @@ def wants(
         batch_size: images of a step in one process.
     """
     if train.compile == "auto":
-        return pays(found, batch_size=batch_size, steps=steps, device=device)
+        return is_faster(device) and pays(found, batch_size=batch_size, steps=steps, device=device)
     return train.compile == "on"
 
 
@@ -88,6 +88,11 @@ def why_not(student: nn.Module) -> str | None:
     if Stepping(student).anneals:
         return "its gradients are annealed, which is other code at every step"
     return None
+
+
+def is_faster(device: torch.device) -> bool:
+    """Whether compiled steps gain at all: they took longer with AVX2 (docs/performance.md)."""
+    return device.type != "cpu" or "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def pays(found: Probe, *, batch_size: int, steps: int, device: torch.device) -> bool:

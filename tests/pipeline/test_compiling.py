@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch._dynamo
 from bitladder.pipeline import full_batches
-from bitladder.pipeline.compiling import compile_networks, pays
+from bitladder.pipeline.compiling import compile_networks, pays, wants
+from bitladder.pipeline.config import TrainConfig
 from bitladder.pipeline.errors import Interrupted
 from bitladder.pipeline.runner import open_ladder, run_ladder, run_stage
 from bitladder.pipeline.store import Store
@@ -144,6 +145,16 @@ def test_generated_code_gives_the_same_step(monkeypatch):
     torch.testing.assert_close(loss, plain, rtol=1e-4, atol=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-2, atol=1e-4)
+
+
+def test_auto_compiles_only_where_compiled_steps_are_faster(monkeypatch):
+    found = probe(nn.Conv2d(3, 16, 3), [torch.randn(2, 3, 32, 32)])
+    for capability, wanted in (("AVX2", False), ("AVX512", True)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        for compiled, want in (("auto", wanted), ("on", True), ("off", False)):
+            train = TrainConfig(compile=compiled)
+            device = torch.device("cpu")
+            assert wants(train, found, batch_size=64, steps=10**6, device=device) is want
 
 
 def test_compiling_pays_for_long_stages_only():
