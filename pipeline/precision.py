@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .config import RunConfig, StageConfig
+from .errors import ConfigError
 
 # the narrowest rungs that the study `precision` found to lose nothing of note (docs/studies.md)
 NARROWEST_IN_BF16 = 4
@@ -38,7 +39,6 @@ def _bf16_is_fast(wanted: str) -> bool:
     """Whether the device has instructions of its own for bfloat16."""
     import torch
 
-    from .errors import ConfigError
     from .machine import choose_device
 
     try:

@@ -90,7 +90,7 @@ def in_every(setups: list[Setup]) -> Callable[[Law], Law]:
 
     def decorate(law: Law) -> Law:
         @wraps(law, updated=())
-        def test(method: str, **others: Any) -> None:
+        def in_each(method: str, **others: Any) -> None:
             for setup in (s for s in setups if s.name == method):
                 try:
                     law(setup=setup, **others)
@@ -103,9 +103,9 @@ def in_every(setups: list[Setup]) -> Callable[[Law], Law]:
             p.replace(name="method") if p.name == "setup" else p
             for p in signature.parameters.values()
         ]
-        test.__signature__ = signature.replace(parameters=arguments)
-        test.pytestmark = list(getattr(law, "pytestmark", []))
-        return pytest.mark.parametrize("method", dict.fromkeys(s.name for s in setups))(test)
+        in_each.__signature__ = signature.replace(parameters=arguments)
+        in_each.pytestmark = list(getattr(law, "pytestmark", []))
+        return pytest.mark.parametrize("method", dict.fromkeys(s.name for s in setups))(in_each)
 
     return decorate
 
@@ -169,6 +169,24 @@ def test_all_methods_and_widths_are_here():
     assert {s.site.bits for s in SETUPS} == set(WIDTHS)
     assert {"per_channel": True} in variants_of("lsq")
     assert {"init": "mse", "per_channel": True} in variants_of("lsq")
+
+
+def test_a_law_is_asked_of_every_setup_of_a_method_and_a_failure_names_the_setup():
+    asked = []
+
+    @in_every(SETUPS)
+    def law(setup):
+        asked.append(setup)
+        assert setup.site.bits != 4, "broken"
+
+    own = [s for s in SETUPS if s.name == "lsq"]
+    broken = next(s for s in own if s.site.bits == 4)
+    with pytest.raises(AssertionError, match="broken") as failure:
+        law(method="lsq")
+    assert failure.value.__notes__ == [f"setup: {broken}"]
+    assert asked == own[: own.index(broken) + 1]
+    (mark,) = law.pytestmark
+    assert set(mark.args[1]) == set(QUANTIZERS)
 
 
 @every_quantizer
