@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 PROGRAM = "bitladder.pipeline.rank"
 LOOK_SECONDS = 0.1  # between two looks at signals
 END_SECONDS = 35.0  # the launcher needs less than one
+HEAR_SECONDS = 2.0  # after a first failure: a dead process may be noticed by another before us
 
 
 def on_several_devices(context: StageContext, config: RunConfig) -> StageOutput:
@@ -112,10 +115,11 @@ class Ranks:
         """
         asked: int | None = None
         output: StageOutput | None = None
-        while len(self._through) < self.number:
+        failures: list[tuple[float, int, BitladderError | None]] = []
+        heard = math.inf  # when failures are settled
+        while len(self._through) < self.number and time.monotonic() < heard:
             if asked is None and (asked := stop()) is not None and 0 in self._connections:
                 self._tell_first(asked)
-            failures: list[tuple[float, int, BitladderError | None]] = []
             for rank, told in self._news(job, asked):
                 if isinstance(told, Told):
                     notify(**told.fields)
@@ -128,10 +132,12 @@ class Ranks:
                 elif rank == 0 or not isinstance(told.error, Interrupted):  # the first one saves
                     failures.append((told.at, rank, told.error))
             if failures:
-                _, rank, error = min(failures, key=lambda failure: failure[:2])
-                raise self._death(rank, job.name) if error is None else self._said(rank, error)
-            if not self._launcher.is_alive() and len(self._connections) < self.number:
+                heard = min(heard, time.monotonic() + HEAR_SECONDS)
+            elif not self._launcher.is_alive() and len(self._connections) < self.number:
                 raise self._no_start(job.name)
+        if failures:
+            _, rank, error = min(failures, key=lambda failure: failure[:2])
+            raise self._death(rank, job.name) if error is None else self._said(rank, error)
         assert output is not None
         return output
 

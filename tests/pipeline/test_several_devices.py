@@ -139,6 +139,7 @@ def networks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("networks")
     (folder / "dropping.py").write_text(DROPPING)
     (folder / "failing_on_one.py").write_text(FAILING)
+    (folder / "lost_first.py").write_text(LOST_FIRST)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         yield
@@ -407,6 +408,41 @@ def test_an_exception_in_one_rank_is_told_with_its_text(tmp_path):
         ladder=[{"weight_bits": 32, "activation_bits": 32}],
     )
     with pytest.raises(StageError, match="rank 1 of 2: ArithmeticError: no more numbers"):
+        run(settings, Store(tmp_path))
+    assert not ranks()
+
+
+LOST_FIRST = """
+import os, signal, socket, time
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, num_classes, in_channels, image_size):
+        super().__init__(nn.Flatten(), nn.Linear(in_channels * image_size**2, num_classes))
+
+    def forward(self, x):
+        if os.environ.get("RANK") == "1" and self.training:
+            for name in os.listdir("/proc/self/fd"):
+                try:
+                    with socket.socket(fileno=os.dup(int(name))) as end:
+                        if end.family == socket.AF_INET:
+                            end.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass  # no socket, or not connected
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+"""
+
+
+def test_a_rank_whose_death_another_notices_first_is_the_one_that_is_named(tmp_path):
+    settings = config(
+        model={"name": "lost_first:Net"},
+        bin_regularization={},
+        train={"epochs": 1, "devices": 2},
+        ladder=[{"weight_bits": 32, "activation_bits": 32}],
+    )
+    with pytest.raises(StageError, match="rank 1 of 2: its process ended by SIGKILL"):
         run(settings, Store(tmp_path))
     assert not ranks()
 
