@@ -67,13 +67,23 @@ def read_config(source: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such config or file, or it is no YAML mapping.
     """
-    path = Path(source)
-    if not path.exists() and path.suffix not in (".yaml", ".yml") and "/" not in str(source)[:1]:
-        known = shipped_configs()
-        if str(source) not in known:
-            raise ConfigError([unknown("config", str(source), known) + "; or give a YAML file"])
-        path = known[str(source)]
-    return read_yaml_file(path)
+    return read_yaml_file(shipped_or_file("config", source, shipped_configs()))
+
+
+def shipped_or_file(kind: str, source: str | Path, shipped: Mapping[str, Path]) -> Path:
+    """The file of something shipped, by its name, or the file that the source is.
+
+    A folder is no file: one that has a shipped name, such as a store, does not hide it.
+
+    Raises:
+        ConfigError: there is neither; `kind` is what it calls them.
+    """
+    path, name = Path(source), str(source)
+    if name in shipped and not path.is_file():
+        return shipped[name]
+    if path.exists() or path.suffix in (".yaml", ".yml") or name.startswith("/"):
+        return path
+    raise ConfigError([unknown(kind, name, shipped) + "; or give a YAML file"])
 
 
 def parse_config(raw: Mapping[str, Any]) -> RunConfig:

@@ -12,9 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...quant.registry import unknown
 from ..config import RunConfig
-from ..config_load import read_config
+from ..config_load import read_config, shipped_or_file
 from ..data import DATASETS
 from ..errors import ConfigError
 from ..plan import make_plan
@@ -90,7 +89,7 @@ def load_study(source: str | Path, overrides: Sequence[str] = ()) -> Study:
     Raises:
         ConfigError: one line for each mistake, with its YAML path; or the data are not there.
     """
-    path = _study_file(source)
+    path = shipped_or_file("study", source, shipped_studies())
     sections = read_sections(apply_overrides(read_yaml_file(path), list(overrides)))
     study, errors = sections.study, list(sections.errors)
     seeds, found = _seeds(study.seeds)
@@ -121,16 +120,6 @@ def load_study(source: str | Path, overrides: Sequence[str] = ()) -> Study:
     if errors := _same_stages(loaded):
         raise ConfigError(errors)
     return loaded
-
-
-def _study_file(source: str | Path) -> Path:
-    path = Path(source)
-    if path.exists() or path.suffix in (".yaml", ".yml") or str(source).startswith("/"):
-        return path
-    known = shipped_studies()
-    if str(source) not in known:
-        raise ConfigError([unknown("study", str(source), known) + "; or give a YAML file"])
-    return known[str(source)]
 
 
 def _base(study: StudyConfig, folder: Path) -> Raw:

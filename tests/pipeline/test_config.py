@@ -30,6 +30,17 @@ def test_every_shipped_config_loads(name):
     assert load_config(name).ladder
 
 
+def test_a_folder_of_its_name_does_not_hide_a_shipped_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    assert load_config("digits").name == "digits"
+    (tmp_path / "digits").rmdir()
+    (tmp_path / "digits").write_text(
+        "name: mine\nladder: [{weight_bits: 32, activation_bits: 32}]\n"
+    )
+    assert load_config("digits").name == "mine"  # a file of that name is the user's
+
+
 def test_a_rung_says_only_what_differs():
     train = {"epochs": 7, "optimizer": {"lr": 0.5, "weight_decay": 0.125}}
     own = {"weight_bits": 2, "activation_bits": 8, "train": {"optimizer": {"lr": 0.25}}}

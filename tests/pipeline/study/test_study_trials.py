@@ -388,3 +388,9 @@ def test_a_control_of_a_control_is_refused(study):
 def test_a_study_that_does_not_exist_is_told_with_those_that_do():
     with pytest.raises(ConfigError, match="unknown study 'nothing'"):
         load_study("nothing")
+
+
+def test_a_folder_of_its_name_does_not_hide_a_shipped_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "averaging").mkdir()
+    assert load_study("averaging").name == "averaging"
