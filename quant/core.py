@@ -45,7 +45,10 @@ class QTensor:
     def dequantize(self) -> Tensor:
         """The values, float32, in the shape of `codes`."""
         if self.codebook is None:
-            return self.scale * (self.codes.to(self.scale.dtype) - self.zero_point)
+            values = self.codes.to(self.scale.dtype)
+            if isinstance(self.zero_point, Tensor) or self.zero_point != 0:
+                values = values.sub_(self.zero_point)
+            return values.mul_(self.scale)
         if self.codebook.dim() == 1:
             return self.scale * self.codebook[self.codes.long()]
         assert self.channel_axis is not None

@@ -42,7 +42,8 @@ def round_to_level(u: Tensor, low: Bound, high: Bound, *, midrise: bool = False)
 
 def to_codes(level: Tensor, low: Bound, bits: int) -> Tensor:
     """Levels as unsigned codes counted from `low`: uint8 up to 8 bits, int32 above."""
-    return (level - low).to(torch.uint8 if bits <= 8 else torch.int32)
+    counted = level if isinstance(low, float) and low == 0 else level - low
+    return counted.to(torch.uint8 if bits <= 8 else torch.int32)
 
 
 def learned_step(
@@ -121,8 +122,7 @@ def stored_order(x: Tensor, like: Tensor) -> Tensor:
 def from_stored_order(values: Tensor, like: Tensor) -> Tensor:
     """Values (numel,) in the order in which those of `like` are stored, in its shape and format."""
     order = _by_stride(like)
-    stored = values.view([like.shape[axis] for axis in order])
-    return stored.permute(sorted(range(len(order)), key=order.__getitem__))
+    return values.view([like.shape[axis] for axis in order]).permute(_inverse(order))
 
 
 def look_up(table: Tensor, index: Tensor) -> Tensor:
@@ -166,12 +166,18 @@ class _LearnedStep(torch.autograd.Function):
         ctx.grid = () if tensors else grid
         ctx.midrise, ctx.open_low = midrise, open_low
         ctx.scale_shape = scale.shape
+        # compiled code sums in the order of the axes, and would turn all that it reads for that
+        compiled = torch.compiler.is_compiling() and step.dim() == 0
+        ctx.order = _by_stride(x) if compiled else None
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, step, value, *tensors = ctx.saved_tensors
         low, high, grad_scale = tensors or ctx.grid
+        if ctx.order is not None:
+            x, grad = x.permute(ctx.order), grad.permute(ctx.order)
+            value = None if value is None else value.permute(ctx.order)
         grad = wide(grad)
         u = wide(x) / step
         grad_x = inside(grad, u, low, high, open_low=ctx.open_low)
@@ -182,7 +188,10 @@ class _LearnedStep(torch.autograd.Function):
             error = (value * grad).addcmul_(grad_x, wide(x), value=-1)
             total = error.sum() if step.dim() == 0 else error.flatten(1).sum(1)
             grad_step = total / step.view(ctx.scale_shape) * grad_scale
-        return grad_x.to(x.dtype), grad_step, None, None, None, None, None, None
+        grad_x = grad_x.to(x.dtype)
+        if ctx.order is not None:
+            grad_x = grad_x.permute(_inverse(ctx.order))
+        return grad_x, grad_step, None, None, None, None, None, None
 
 
 class _RoundThrough(torch.autograd.Function):
@@ -214,4 +223,9 @@ class _RoundWithin(torch.autograd.Function):
 
 
 def _by_stride(x: Tensor) -> list[int]:
+    """The axes in the order of storage, the slowest first."""
     return sorted(range(x.dim()), key=x.stride, reverse=True)
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)

@@ -19,6 +19,8 @@ from .functional import look_up, stored_order, wide
 from .record import record
 from .swap import input_quantizers, weight_layers
 
+PAIRS_FROM = 2**17  # values; adding up the table of pairs costs as much as counting some 10,000
+
 
 def bin_regularization(
     values: Tensor, q: QTensor, *, scale: Tensor | None = None, shared: bool = False
@@ -118,14 +120,14 @@ class _BinRegularization(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, scale: Tensor | None, q: QTensor, shared: bool) -> Tensor:
         level = q.dequantize()
         distance = wide(values) - level
-        pull = distance * _share(q, shared)
+        pull = _share(q, shared).to(distance.dtype).mul_(distance)
         ctx.values_dtype = values.dtype
         grad_scale = None
         if scale is not None:
             grad_scale = -2 * _sum_to(pull * level, q) / q.scale
             grad_scale = grad_scale.view(scale.shape)
         ctx.save_for_backward(pull, grad_scale)
-        return (distance * pull).sum()
+        return torch.dot(stored_order(distance, pull), stored_order(pull, pull))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -136,18 +138,30 @@ class _BinRegularization(torch.autograd.Function):
 
 def _share(q: QTensor, shared: bool) -> Tensor:
     """Of each value 1 / (members of its bin * scale groups), shaped as the codes."""
-    bins, groups = q.codes.int(), 1
+    bins, groups = q.codes, 1
     if q.channel_axis is not None:
         groups = bins.shape[q.channel_axis]
         shape = [1] * bins.dim()
         shape[q.channel_axis] = groups
         first = torch.arange(groups, device=bins.device, dtype=torch.int32) * q.num_levels
         bins = bins + first.view(shape)
-    members = torch.bincount(stored_order(bins, bins), minlength=groups * q.num_levels)
+    members = _counts(stored_order(bins, bins), groups * q.num_levels)
     part = 1.0
     if shared:
         members, part = world.summed(members), world.ratio()
-    return look_up(part / (members.clamp_min(1) * groups), bins)
+    return look_up(part / (members.clamp_min(1) * groups), bins.int())
+
+
+def _counts(bins: Tensor, number: int) -> Tensor:
+    """How many values lie in each bin, (number,), of bins (numel,).
+
+    torch counts one by one; many bytes are counted in pairs, as half as many numbers of two bytes.
+    """
+    few = bins.numel() < PAIRS_FROM or bins.numel() % 2
+    if few or bins.dtype != torch.uint8 or number > 128 or bins.device.type != "cpu":
+        return torch.bincount(bins, minlength=number)
+    pairs = torch.bincount(bins.view(torch.int16), minlength=2**15).view(128, 256)
+    return (pairs.sum(0)[:128] + pairs.sum(1))[:number]
 
 
 def _sum_to(x: Tensor, q: QTensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bitladder.quant import QUANTIZERS, Site, bin_regularization
+from bitladder.quant.regularizers import PAIRS_FROM
 
 
 def test_one_bit_weights_are_pulled_to_the_level_of_their_sign():
@@ -83,3 +84,18 @@ def test_shapes_that_differ_are_refused():
     quantizer = QUANTIZERS["lsq"].factory(Site("weight", 3, True, 4))
     with pytest.raises(ValueError, match="values are"):
         bin_regularization(torch.zeros(4), quantizer.encode(torch.zeros(4, 2)))
+
+
+@pytest.mark.parametrize("bits", [1, 4, 7, 8])
+@pytest.mark.parametrize("images", [PAIRS_FROM // 512, PAIRS_FROM // 512 + 1, 1])
+def test_many_values_are_counted_as_few_are(bits, images):
+    generator = torch.Generator().manual_seed(bits)
+    x = torch.rand(images, 8, 8, 8 if images > 1 else 7, generator=generator)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    quantizer = QUANTIZERS["lsq"].factory(Site("activation", bits, False, 8))
+    quantizer.calibrate(x.detach())
+    q = quantizer.encode(x.detach())
+    bin_regularization(x, q).backward()
+    members = torch.bincount(q.codes.flatten().long(), minlength=2**bits)[q.codes.long()]
+    pull = 2 * (x.detach() - q.dequantize()) / members
+    torch.testing.assert_close(x.grad, pull)
