@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import world
+from . import byte_pairs, world
 from .core import QTensor, Quantizer
-from .functional import look_up, stored_order, wide
+from .functional import from_stored_order, look_up, stored_order, wide
 from .record import record
 from .swap import input_quantizers, weight_layers
-
-PAIRS_FROM = 2**17  # values; adding up the table of pairs costs as much as counting some 10,000
 
 
 def bin_regularization(
@@ -145,23 +143,17 @@ def _share(q: QTensor, shared: bool) -> Tensor:
         shape[q.channel_axis] = groups
         first = torch.arange(groups, device=bins.device, dtype=torch.int32) * q.num_levels
         bins = bins + first.view(shape)
-    members = _counts(stored_order(bins, bins), groups * q.num_levels)
+    number = groups * q.num_levels
+    stored = stored_order(bins, bins)
+    paired = byte_pairs.can_pair(stored, number)
+    members = byte_pairs.count(stored, number) if paired else stored.bincount(minlength=number)
     part = 1.0
     if shared:
         members, part = world.summed(members), world.ratio()
-    return look_up(part / (members.clamp_min(1) * groups), bins.int())
-
-
-def _counts(bins: Tensor, number: int) -> Tensor:
-    """How many values lie in each bin, (number,), of bins (numel,).
-
-    torch counts one by one; many bytes are counted in pairs, as half as many numbers of two bytes.
-    """
-    few = bins.numel() < PAIRS_FROM or bins.numel() % 2
-    if few or bins.dtype != torch.uint8 or number > 128 or bins.device.type != "cpu":
-        return torch.bincount(bins, minlength=number)
-    pairs = torch.bincount(bins.view(torch.int16), minlength=2**15).view(128, 256)
-    return (pairs.sum(0)[:128] + pairs.sum(1))[:number]
+    shares = part / (members.clamp_min(1) * groups)
+    if paired:
+        return from_stored_order(byte_pairs.look_up(shares, stored), bins)
+    return look_up(shares, bins.int())
 
 
 def _sum_to(x: Tensor, q: QTensor) -> Tensor:

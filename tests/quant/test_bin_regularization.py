@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bitladder.quant import QUANTIZERS, Site, bin_regularization
-from bitladder.quant.regularizers import PAIRS_FROM
+from bitladder.quant.byte_pairs import FEWEST
 
 
 def test_one_bit_weights_are_pulled_to_the_level_of_their_sign():
@@ -87,7 +87,7 @@ def test_shapes_that_differ_are_refused():
 
 
 @pytest.mark.parametrize("bits", [1, 4, 7, 8])
-@pytest.mark.parametrize("images", [PAIRS_FROM // 512, PAIRS_FROM // 512 + 1, 1])
+@pytest.mark.parametrize("images", [FEWEST // 512, FEWEST // 512 + 1, 1])
 def test_many_values_are_counted_as_few_are(bits, images):
     generator = torch.Generator().manual_seed(bits)
     x = torch.rand(images, 8, 8, 8 if images > 1 else 7, generator=generator)
