@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ..pipeline.auto_ladder import is_over
 from ..pipeline.derived import differs_too_much
 from ..pipeline.errors import ConfigError
+from ..pipeline.ladder_state import ladder_state
 from ..pipeline.record import CHECKPOINT
 from ..pipeline.resume_command import resume_command
 from ..pipeline.run import Run
@@ -49,7 +49,7 @@ def resume_run(name: str | None, store: Store, runner: str) -> None:
     if name is None:
         runs = store.runs()
         # first the states, which cost nothing; only then every file against its checksum
-        unfinished = [run for run in runs if _state(store, run) != "done"] or [
+        unfinished = [run for run in runs if ladder_state(store, run) != "done"] or [
             run for run in runs if not _whole(store, run)
         ]
         if not unfinished:
@@ -163,11 +163,11 @@ def list_runs(store: Store) -> None:
 
 
 def _run_row(run: Run, store: Store) -> dict[str, str]:
-    states = [store.state(key)[0] for key in run.trained]
+    states = [state for state, _ in store.rung_states(run)]
     models = dict.fromkeys(s["spec"]["options"]["model"]["name"] for s in run.stages)
     return {
         "run": run.run,
-        "state": coloured(_state(store, run)),
+        "state": coloured(ladder_state(store, run)),
         "done": f"{states.count('done')} of {len(states)}",
         "data": run.config["data"]["name"],
         "model": ", ".join(models),
@@ -190,16 +190,6 @@ def _studies(studies: Sequence[StudyRecord], store: Store) -> Table:
             study.created[:16].replace("T", " "),
         )
     return table
-
-
-def _state(store: Store, run: Run) -> str:
-    """A ladder's state: the worst of its stages'."""
-    states = {store.state(key)[0] for key in (*run.trained, *run.packed)}
-    for state in ("running", "failed", "interrupted"):
-        if state in states:
-            return state
-    done = states == {"done"} and is_over(run, store.read)
-    return "done" if done else "interrupted"
 
 
 def show_report(names: Sequence[str], form: str, out: Path | None, store: Store) -> None:
@@ -241,10 +231,11 @@ def print_frame(frame: Any, store: Store) -> None:
         print(plain_table(frame))
     for row in frame[frame["error"].notna()].to_dict("records"):
         print(f"{row['run']}, {row['stage']}: {row['error']}")
-    for run, states in frame.groupby("run", sort=False)["state"]:
-        if "running" in set(states):
+    for run in dict.fromkeys(frame["run"]):
+        state = ladder_state(store, store.run(run))
+        if state == "running":
             print(f"{run} is running")
-        elif set(states) != {"done"} or not is_over(store.run(run), store.read):
+        elif state != "done":
             print(f"{run} is not finished; go on with: {resume_command(store, run)}")
 
 

@@ -110,7 +110,8 @@ class Watch:
 
     def _idle(self, seen: list[tuple[int, Seen]], touched: str, now: float) -> None:
         """Says once that nobody works on it, as soon as that is sure."""
-        held = any(sight.sight == "held" for _, sight in seen)
+        looking = (look_at(self.store, key) for key in self.run.looks)
+        held = any(sight.sight == "held" for sight in (*(s for _, s in seen), *looking))
         gone = [(position, sight) for position, sight in seen if sight.sight == "abandoned"]
         if held or self._busy is None:
             self._busy, self._told = now, "" if held else self._told
@@ -121,7 +122,8 @@ class Watch:
             position, sight = gone[0]
             self._told = f"{sight.text} is gone; {go_on}"
         elif now - self._busy > QUIET_SECONDS and _age(touched) > START_SECONDS:
-            position = next(p for p, sight in reversed(seen) if sight.sight != "done")
+            last = len(self.run.stages) - 1  # an automatic ladder stands between two rungs
+            position = next((p for p, sight in reversed(seen) if sight.sight != "done"), last)
             self._told = f"nobody works on it; {go_on}"
         else:
             return

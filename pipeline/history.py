@@ -21,6 +21,11 @@ def epochs_of(store: Store, key: str) -> list[dict[str, Any]]:
     return []
 
 
+def last_epoch(store: Store, key: str) -> dict[str, Any]:
+    """The last of them; empty where there is none."""
+    return next(reversed(epochs_of(store, key)), {})
+
+
 def _whole(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """The lines up to one that is torn."""
     for line in lines:

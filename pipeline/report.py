@@ -15,6 +15,7 @@ from .figures import drawn, rows_of
 from .figures.style import FORMS as FIGURE_FORMS
 from .figures.style import save
 from .files import write_atomic
+from .history import last_epoch
 from .page import ladder_page
 from .record import MANIFEST
 from .run import Run
@@ -125,7 +126,7 @@ def _rows(store: Store, run: Run) -> list[dict[str, Any]]:
             row["teacher"] = f"best: {names.get(row['teacher_chosen'], row['teacher_chosen'])}"
         if row["weight_bits"] is None:  # not finished: say what it is to become
             stage = planned["spec"]["options"]["stage"]
-            last = store.progress(row["key"])
+            last = last_epoch(store, row["key"])
             row |= {name: stage[name] for name in ("weight_bits", "activation_bits")}
             row |= {"train_loss": last.get("train_loss"), "val_top1": last.get("val_top1")}
             row |= {"epochs": last.get("epoch", 0), "seed": run.config.get("seed")}

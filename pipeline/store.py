@@ -10,7 +10,6 @@ studies/<id>/study.json    a study: its trials and their stages' keys (see `stud
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -31,7 +30,7 @@ from .files import (
     sync_folder,
     write_json,
 )
-from .record import CHECKPOINT, MANIFEST, METRICS, StageRecord, read_record
+from .record import CHECKPOINT, MANIFEST, StageRecord, read_record
 from .run import Run
 from .run_file import last_begun, read_run_file
 from .spec import Plan
@@ -294,13 +293,15 @@ class Store:
             return "interrupted", None
         return "to do", None
 
-    def progress(self, key: str) -> dict[str, Any]:
-        """The last epoch's line of a stage in progress; empty if there is none."""
-        path = self.stages / f"{key}.part" / METRICS
-        try:
-            return dict(json.loads(path.read_text().strip().rpartition("\n")[2]))
-        except (OSError, ValueError):
-            return {}
+    def rung_states(self, run: Run) -> list[tuple[State, str | None]]:
+        """Where each rung of a run stands, and why it failed if it did: trained, then packed."""
+        return [self._rung(*keys) for keys in zip(run.trained, run.packed, strict=True)]
+
+    def _rung(self, trained: str, packed: str) -> tuple[State, str | None]:
+        if (found := self.state(trained))[0] != "done":
+            return found
+        found = self.state(packed)
+        return ("interrupted", None) if found[0] == "to do" else found
 
     def _run_names(self) -> list[str]:
         if not self.reports.is_dir():
@@ -356,12 +357,11 @@ class Store:
 
     def _enter(self, run: Run, index: Index) -> None:
         index.add_run(run.as_dict())
-        index.set_states(run.run, [self.state(str(stage["key"])) for stage in run.stages])
+        index.set_states(run.run, self.rung_states(run))
 
     def results(self, run: Run) -> list[dict[str, Any]]:
         """A run's rows in ladder order, its unfinished and failed stages included."""
-        states = [self.state(str(stage["key"])) for stage in run.stages]
-        self._ask(lambda index: index.set_states(run.run, states))
+        self._ask(lambda index: index.set_states(run.run, self.rung_states(run)))
         return self._ask(lambda index: index.results(run.run))
 
     def _make(self) -> None:

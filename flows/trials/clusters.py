@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from ...pipeline.errors import BitladderError
 from ...pipeline.events import Event
+from ...pipeline.history import last_epoch
 from ...pipeline.store import Store
 from ..prefect_manners import SigtermHandler, drained, quiet
 from ..prefect_server import configured_url, quieten_prefect, temporary_api
@@ -177,7 +178,7 @@ class ClusterCrew:
             yield task, self._event(task, stage.position, kind, fraction=1.0, metrics=metrics)
         if now < len(stages):
             of = task.trial.config.ladder[now].train.epochs
-            epoch = self._store.progress(stages[now].key)
+            epoch = last_epoch(self._store, stages[now].key)
             made = int(epoch.get("epoch", 0))
             about: dict[str, Any] = {
                 "epoch": made,

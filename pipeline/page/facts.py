@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..ladder_state import LadderState
 from ..record import StageRecord
 from ..run import Run
 from ..spec import model_text
@@ -13,12 +14,16 @@ from ..store import Store
 HIDDEN = ("name", "root", "batch_size")  # of the data: said elsewhere, or the reader's own
 
 
-def facts(store: Store, run: Run, states: Sequence[str]) -> dict[str, str]:
-    """A run's facts by name; what is not known yet is missing."""
+def facts(store: Store, run: Run, state: LadderState, done: int) -> dict[str, str]:
+    """A run's facts by name; what is not known yet is missing.
+
+    Args:
+        done: how many of its rungs are.
+    """
     records = [record for key in run.trained if (record := store.read(key)) is not None]
     found = {
         "run": run.run,
-        "state": state_text(states),
+        "state": _state(state, done, len(run.stages)),
         "begun": f"{run.created[:16].replace('T', ' ')} UTC",
         "network": _joined(model_text(stage["spec"]["options"]["model"]) for stage in run.stages),
         "data": _data(run.config.get("data", {})),
@@ -31,13 +36,9 @@ def facts(store: Store, run: Run, states: Sequence[str]) -> dict[str, str]:
     return {name: text for name, text in found.items() if text}
 
 
-def state_text(states: Sequence[str]) -> str:
-    """A run's state from those of its stages."""
-    done = f"{states.count('done')} of {len(states)} rungs"
-    for state in ("failed", "running"):
-        if state in states:
-            return f"{state}; {done} are done"
-    return "done" if set(states) == {"done"} else f"not finished; {done} are done"
+def _state(state: LadderState, done: int, rungs: int) -> str:
+    said = "not finished" if state == "interrupted" else state
+    return said if state == "done" else f"{said}; {done} of {rungs} rungs are done"
 
 
 def _data(data: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..ladder_state import ladder_state
 from ..look import read_look
 from ..resume_command import resume_command
 from ..run import Run
@@ -71,15 +72,23 @@ def ladder_page(
             above.append(figure)
         else:
             rungs[each.run, each.stage].figures.append(figure)
-    states: dict[str, list[str]] = {}
+    by_run: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        states.setdefault(row["run"], []).append(row["state"])
+        by_run.setdefault(row["run"], []).append(row)
+    states = {run.run: ladder_state(where, run) for where, run in known}
+    done = {run: sum(row["state"] == "done" for row in own) for run, own in by_run.items()}
     values = {
-        "title": ", ".join(states),
-        "facts": _side_by_side([facts(where, run, states[run.run]) for where, run in known]),
+        "title": ", ".join(by_run),
+        "facts": _side_by_side(
+            [facts(where, run, states[run.run], done[run.run]) for where, run in known]
+        ),
         "table": shown,
         "notes": notes,
-        "problems": _problems(store, rows),
+        "problems": [
+            _problem(store, run, own)
+            for run, own in by_run.items()
+            if states.get(run, "done") != "done" or done[run] < len(own)
+        ],
         "figures": above,
         "speeds": speeds,
         "rungs": [rung for rung in rungs.values() if rung.figures or rung.examples],
@@ -118,21 +127,11 @@ def _side_by_side(found: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     return {name: v[:1] if len(set(v)) == 1 else v for name, v in table.items()}
 
 
-def _problems(store: Store | None, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each run that is not finished: what failed, and the command that goes on with it."""
-    found = []
-    for run in dict.fromkeys(str(row["run"]) for row in rows):
-        own = [row for row in rows if row["run"] == run]
-        if all(row["state"] == "done" for row in own):
-            continue
-        errors = [f"{row['stage']}: {row['error']}" for row in own if row["error"]]
-        running = [row["stage"] for row in own if row["state"] == "running"]
-        found.append(
-            {
-                "run": run,
-                "errors": errors,
-                "running": running,
-                "resume": resume_command(store, run),
-            }
-        )
-    return found
+def _problem(store: Store | None, run: str, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Of a run that is not finished: what failed, and the command that goes on with it."""
+    return {
+        "run": run,
+        "errors": [f"{row['stage']}: {row['error']}" for row in rows if row["error"]],
+        "running": [row["stage"] for row in rows if row["state"] == "running"],
+        "resume": resume_command(store, run),
+    }

@@ -1,0 +1,26 @@
+"""Where a ladder stands as a whole."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from .auto_ladder import is_over
+from .run import Run
+from .store import Store
+
+LadderState = Literal["running", "failed", "interrupted", "done"]
+
+
+def ladder_state(store: Store, run: Run) -> LadderState:
+    """The worst of its rungs; done when none follows them.
+
+    A process that only looks inside a rung, for its page, is one that works on the ladder.
+    """
+    states = {state for state, _ in store.rung_states(run)}
+    if "running" in states:
+        return "running"
+    if "failed" in states:
+        return "failed"
+    if any(store.holder(key) for key in run.looks):
+        return "running"
+    return "done" if states == {"done"} and is_over(run, store.read) else "interrupted"
