@@ -49,7 +49,14 @@ class ModelConfig(Component):
 
     def same_network(self, other: ModelConfig) -> bool:
         """Whether the weights of one fit the other: the same name with the same options."""
-        return self.name == other.name and self.options == other.options
+        return self.name == other.name and self._every_option() == other._every_option()
+
+    def _every_option(self) -> dict[str, Any]:
+        """Its options with those that it leaves at their defaults, where these are known."""
+        from ..models import MODELS
+
+        known = MODELS[self.name].options() if self.name in MODELS else {}
+        return {name: option.default for name, option in known.items()} | self.options
 
 
 class RuleConfig(Section):

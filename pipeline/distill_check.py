@@ -28,7 +28,8 @@ def distill_mistakes(run: RunConfig, index: int) -> list[Mistake]:
         found = _loss(distill)
         found += _features(distill.features) if distill.features is not None else []
         if is_distilled(stage):
-            found += _drop(distill, rungs=len(run.ladder)) + _cache(stage, run.data)
+            found += _drop(distill, rungs=len(run.ladder), first=index == 0)
+            found += _cache(stage, run.data)
     return [(f"distill.{key}" if key else "distill", text) for key, text in found]
 
 
@@ -94,6 +95,9 @@ def _without_teacher(stage: StageConfig) -> list[Mistake]:
 
 def _loss(distill: DistillConfig) -> list[Mistake]:
     name, options = distill.loss, distill.options
+    if name == "cross_entropy":
+        text = "'cross_entropy' follows the labels, not a teacher; for these alone give weight: 0"
+        return [("loss", text)]
     if name not in LOSSES and name in FEATURE_LOSSES:
         way_out = f"give it as distill.features: {{name: {name}, layers: [...]}}"
         return [("loss", f"{name!r} compares inner layers, not logits; {way_out}")]
@@ -120,7 +124,7 @@ def _features(own: FeatureConfig) -> list[Mistake]:
     return [(f"features.{key}" if key else "features", text) for key, text in found]
 
 
-def _drop(distill: DistillConfig, *, rungs: int) -> list[Mistake]:
+def _drop(distill: DistillConfig, *, rungs: int, first: bool) -> list[Mistake]:
     """A dense rung with few rungs above it keeps one teacher; a list must be longer than drop."""
     teacher, drop = distill.teacher, distill.drop
     if drop == 0:
@@ -128,7 +132,7 @@ def _drop(distill: DistillConfig, *, rungs: int) -> list[Mistake]:
     if isinstance(teacher, str) and teacher != "dense":
         return [("drop", f"needs several teachers, dense or a list of names, not {teacher!r}")]
     most = rungs - 1 if teacher == "dense" else len(teacher)
-    if drop < most:
+    if drop < most or first:  # which has no teacher, whatever is said above the ladder
         return []
     return [("drop", f"{drop} of {most} teachers leaves none; give less than {most}")]
 

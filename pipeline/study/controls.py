@@ -110,7 +110,7 @@ def _own(arm: ArmConfig, of: RunConfig, steps: list[int]) -> list[dict[str, Any]
         rung = _spelled(target)
         rung |= {"name": name, "init": "previous" if number else begin}
         rung["train"] |= {"epochs": count}
-        rung["distill"] |= {"teacher": "none", "drop": 0}
+        rung["distill"] |= {"teacher": "none", "drop": 0, "features": None}
         found.append(rung)
     return found
 

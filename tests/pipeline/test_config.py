@@ -1,4 +1,5 @@
 import pytest
+from bitladder.pipeline.config import ModelConfig
 from bitladder.pipeline.config_load import load_config, parse_config, shipped_configs
 from bitladder.pipeline.errors import ConfigError
 from bitladder.pipeline.policy import policy_of
@@ -53,7 +54,7 @@ def test_a_rung_says_only_what_differs():
 
 
 def test_another_loss_does_not_inherit_the_options_of_the_first():
-    own = {"weight_bits": 4, "activation_bits": 4, "distill": {"loss": "cross_entropy"}}
+    own = {"weight_bits": 4, "activation_bits": 4, "distill": {"loss": "dist"}}
     config = parse_config({**rungs(own), "distill": {"loss": "kl", "temperature": 2.0}})
     assert config.ladder[1].distill.options == {}
     assert config.ladder[0].distill.options == {"temperature": 2.0}
@@ -159,7 +160,7 @@ def test_another_loss_or_optimizer_keeps_what_all_of_its_kind_have():
     rung = {
         "weight_bits": 4,
         "activation_bits": 4,
-        "distill": {"loss": "cross_entropy"},
+        "distill": {"loss": "dist"},
         "train": {"optimizer": "adam"},
     }
     defaults = {
@@ -169,6 +170,48 @@ def test_another_loss_or_optimizer_keeps_what_all_of_its_kind_have():
     stage = parse_config({**rungs(rung), **defaults}).ladder[1]
     assert (stage.distill.weight, stage.distill.options) == (0.75, {})
     assert (stage.train.optimizer.name, stage.train.optimizer.lr) == ("adam", 0.001)
+
+
+def test_naming_the_part_that_is_there_by_default_keeps_its_settings():
+    rung = {
+        "weight_bits": 4,
+        "activation_bits": 4,
+        "distill": {"loss": "kl"},
+        "train": {"optimizer": "sgd", "schedule": "cosine"},
+    }
+    defaults = {
+        "distill": {"temperature": 2.0},
+        "train": {"optimizer": {"momentum": 0.5}, "schedule": {"final": 0.1}},
+    }
+    stage = parse_config({**rungs(rung), **defaults}).ladder[1]
+    assert stage.distill.options == {"temperature": 2.0}
+    assert stage.train.optimizer.momentum == 0.5
+    assert stage.train.schedule.final == 0.1
+
+
+def test_another_loss_keeps_what_is_said_of_the_teachers_themselves():
+    rung = {"weight_bits": 4, "activation_bits": 4, "distill": {"loss": "dist"}}
+    said = {"teacher_precision": "bf16", "fold_batch_norm": True}
+    stage = parse_config({**rungs(rung), "distill": {"temperature": 2.0, **said}}).ladder[1]
+    assert stage.distill.teacher_precision == "bf16"
+    assert stage.distill.fold_batch_norm
+
+
+def test_no_teacher_may_be_one_word():
+    rung = {"weight_bits": 4, "activation_bits": 4}
+    for word in ("none", None):
+        assert parse_config({**rungs(rung), "distill": word}).ladder[1].distill.teacher == "none"
+
+
+def test_the_loss_of_the_labels_is_none_of_a_teacher():
+    (error,) = errors_of({**BASE, "distill": {"loss": "cross_entropy"}})
+    assert "give weight: 0" in error
+
+
+def test_an_option_at_its_default_makes_no_other_network():
+    plain = ModelConfig(name="preact_resnet8")
+    assert plain.same_network(ModelConfig(name="preact_resnet8", width=16))
+    assert not plain.same_network(ModelConfig(name="preact_resnet8", width=8))
 
 
 def test_a_loss_that_cannot_be_built_is_refused_with_the_rest():

@@ -194,6 +194,14 @@ def test_a_control_counts_the_rungs_that_its_own_one_rests_on(study, teacher, ep
     assert rungs(config) == [("fp32", 9, "previous"), ("w1a2", epochs, "fp32")]
 
 
+def test_a_control_leaves_out_what_only_a_teacher_can_give(study):
+    features = {"name": "attention_transfer", "layers": ["act1"]}
+    teachers = {"teacher": "dense", "drop": 1, "features": features}
+    config = control_of(study, "equal_compute", {"set": {"distill": teachers}})
+    assert config.ladder[-1].distill.teacher == "none"
+    assert config.ladder[-1].distill.features is None
+
+
 @pytest.mark.parametrize("kind", ["equal_compute", "restarts"])
 def test_a_control_starts_from_the_full_precision_rung_that_the_ladder_starts_from(study, kind):
     more = {"name": "more", "weight_bits": 32, "activation_bits": 32, "epochs": 2}
