@@ -295,6 +295,9 @@ def _removable(store: Store) -> list[tuple[Path, str]]:
     found = [(path, "half written by a process that was killed") for path in store.leftovers()]
     used = {key for run in store.runs() for key in (*run.trained, *run.packed, *run.looks)}
     used |= {key for study in study_records(store) for key in study.keys}
+    # no run lists what was made from its packed networks on request
+    asked_for = (*store.of_kind("export"), *store.of_kind("bench"))
+    used |= {record.key for record in asked_for if used & set(record.spec.parents.values())}
     if store.damaged_runs() or damaged_studies(store):  # whose stages would seem to be nobody's
         used |= {path.name.partition(".")[0] for path in store.stages.iterdir()}
     for path in sorted(store.stages.iterdir()):

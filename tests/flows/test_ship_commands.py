@@ -176,6 +176,18 @@ def test_bench_of_a_ladder_is_recorded_and_in_the_report(bitladder, store):
     assert "onnxruntime" in bitladder("report", "-f", "html")[1]
 
 
+def test_clean_keeps_what_was_made_from_a_packed_network_until_its_ladder_is_gone(bitladder, store):
+    bitladder("export", "tiny", "--stage", "w4a4", "-f", "onnx")
+    bitladder("bench", "tiny", "--batch", "1", "--threads", "1")
+    before = store.keys()
+    assert bitladder("clean", "--yes")[1] == "nothing to remove\n"
+    assert store.keys() == before
+    shutil.rmtree(store.reports)
+    Path("artifacts/results.db").unlink()
+    bitladder("clean", "--yes")
+    assert store.keys() == []
+
+
 def test_a_packed_network_unlike_its_training_ends_a_run_with_1(bitladder, store, monkeypatch):
     monkeypatch.setattr(derived, "MOST_FLIPS", -1.0)
     assert commands.differs_too_much is derived.differs_too_much
