@@ -264,23 +264,37 @@ def checksum(description: Any, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _check_source(description: Description, trust: Collection[str]) -> None:
+    """Refuses a network or quantizer whose code computes something else than when it was packed.
+
+    The version of ours, and the file of an import path, have to be the same. Of torchvision any
+    version will do: its networks have to fit the weights that it publishes, so they change in
+    layers or not at all, and that layers and shapes are those of the tensors is checked anyway.
+    """
     name = description.network.name
     if is_import_path(name) and name not in trust:
         raise ValueError(
             f"its network is made by code of yours, {name}; if you trust that code, give "
             f"--trust {name}"
         )
-    if (now := source_hash(name)) != description.network.source:
+    packer = f"install bitladder {description.made.get('bitladder', 'of its time')}"
+    then, now = description.network.source, source_hash(name)
+    if _without_torchvision_version(now) != _without_torchvision_version(then):
+        way_out = "put the file back that defines it" if is_import_path(name) else packer
         raise ValueError(
-            f"its network {name} was another one when it was packed "
-            f"({description.network.source}, now {now})"
+            f"its network {name} was another one when it was packed ({then}, now {now}); "
+            f"{way_out}, or pack it again"
         )
     for one in description.quantizers:
         if (version := QUANTIZERS[one.quantizer].version) != one.version:
             raise ValueError(
                 f"its quantizer {one.quantizer} has version {one.version}, this Bitladder's has "
-                f"{version}"
+                f"{version}; {packer}, or pack it again"
             )
+
+
+def _without_torchvision_version(source: str) -> str:
+    """A `source_hash` as far as it decides."""
+    return source.rpartition("/")[0] if source.startswith("torchvision:") else source
 
 
 def _rebuild(

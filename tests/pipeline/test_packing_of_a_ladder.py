@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from bitladder.models import build_model
 from bitladder.pipeline import packed_file
 from bitladder.pipeline.config_load import parse_config
 from bitladder.pipeline.derived import pack_spec
 from bitladder.pipeline.errors import ConfigError, StageError
 from bitladder.pipeline.network import load_network
-from bitladder.pipeline.packed_file import read_packed
+from bitladder.pipeline.packed_file import PackedImages, read_packed, write_packed
 from bitladder.pipeline.record import PACKED
 from bitladder.pipeline.report import accuracy_report
 from bitladder.pipeline.runner import open_ladder, run_ladder
@@ -126,14 +127,14 @@ def network(**values):
         (lambda raw, tensors: raw.pop("images"), "images: Field required"),
         (lambda raw, tensors: raw.update(more=1), "more: Extra inputs"),
         (network(name="no_such_net"), "no_such_net"),
-        (network(source="tiny_convnet/v0"), "was another one when it was packed"),
+        (network(source="tiny_convnet/v0"), r"packed .* install bitladder \d"),
         (network(num_classes=10**12), "more than its"),
         (network(num_classes=-1), "num_classes"),
         (network(options={"width": 10**5}), "more than its"),
         (network(options={"width": 10**9}), "cannot be built"),
         (lambda raw, tensors: raw["quantizers"][0].update(channels=10**12), "more than its"),
         (lambda raw, tensors: raw["quantizers"][0].update(quantizer="none"), "none"),
-        (lambda raw, tensors: raw["quantizers"][0].update(version=9), "has version 9"),
+        (lambda raw, tensors: raw["quantizers"][0].update(version=9), "9.* install bitladder"),
         (lambda raw, tensors: raw["codings"][0].update(bits=30), "less than or equal to 16"),
         (lambda raw, tensors: raw["quantizers"][0].update(bits=2**40), "less than or equal to 16"),
         (lambda raw, tensors: raw["layers"].pop("fc"), "fc"),
@@ -181,6 +182,22 @@ def test_code_of_somebody_runs_only_where_it_is_trusted(shipped, tmp_path, monke
         read_packed(file)
     with pytest.raises(SystemExit, match="their code ran"):
         read_packed(file, trust=["their_net:net"])
+
+
+def test_a_network_of_torchvision_outlives_the_version_that_packed_it(tmp_path):
+    name = "torchvision:shufflenet_v2_x0_5"
+    shape = {"options": {}, "num_classes": 2, "in_channels": 1, "image_size": 32}
+    model = build_model(name, **shape).eval()
+    facts = PackedImages(mean=[0.5], std=[0.5], classes=["a", "b"])
+    whole = tmp_path / "whole.safetensors"
+    write_packed(whole, model, network={"name": name, **shape}, images=facts, made={})
+    older = rewritten(whole, tmp_path / "older.safetensors", network(source=f"{name}/0.1"))
+    x = torch.zeros(1, 1, 32, 32)
+    assert torch.equal(read_packed(older).model(x), model(x))
+    x1_0 = network(name="torchvision:shufflenet_v2_x1_0")
+    other = rewritten(whole, tmp_path / "other.safetensors", x1_0)
+    with pytest.raises(ConfigError, match="was another one when it was packed"):
+        read_packed(other)
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
