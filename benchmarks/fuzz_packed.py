@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from bitladder.models import build_model
 from bitladder.pipeline.errors import ConfigError
-from bitladder.pipeline.packed_file import PackedImages, checksum, read_packed, write_packed
+from bitladder.pipeline.packed_description import PackedImages
+from bitladder.pipeline.packed_file import checksum, read_packed, write_packed
 from bitladder.quant import QuantizerChoice, QuantPolicy, calibrate, quantize_model
 from safetensors import safe_open
 from safetensors.torch import save

@@ -12,10 +12,9 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, JsonValue, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -26,84 +25,23 @@ from ..quant.export.packed import Coding, Packed, pack_network, unpack_network
 from ..quant.policy import LayerPlan, plan_as_dict, plan_from_dict
 from ..quant.quantizers import QUANTIZERS
 from ..quant.swap import apply_plan, layer_plan
-from .config_section import Section
-from .derived import PACKED_FORMAT as FORMAT
 from .errors import ConfigError
+from .few_parts import few_parts
 from .files import write_atomic
 from .network import in_fastest_format
+from .packed_description import (
+    Description,
+    PackedCoding,
+    PackedImages,
+    PackedLayer,
+    PackedNetwork,
+    PackedQuantizer,
+    described,
+)
 
 _ENTRY = "bitladder"  # a second one would come in any order, and the bytes would differ
-Width = Annotated[int, Field(ge=1, le=16)]  # quantizers compute 2**bits before they look at it
 CODES_PER_BYTE = 8  # at one bit: no network has more weights than that in a file
-
-
-class PackedNetwork(Section):
-    """What `build_model` needs, and what its code was."""
-
-    name: str
-    options: dict[str, JsonValue]
-    num_classes: int
-    in_channels: int
-    image_size: int
-    source: str
-
-
-class PackedQuantizer(Section):
-    """A quantizer where it stands; layers refer to it by its place in the list."""
-
-    target: Target
-    quantizer: str
-    version: int
-    options: dict[str, JsonValue]
-    bits: Width
-    signed: bool
-    channels: Annotated[int, Field(ge=1)]
-    axis: Literal[1, -1]
-
-
-class PackedCoding(Section):
-    """How the codes of a weight become values."""
-
-    bits: Width
-    num_levels: int
-    zero_point: float
-    channel_axis: int | None = None
-
-
-class PackedLayer(Section):
-    """A quantized layer: places in the lists of quantizers and codings."""
-
-    weight: int | None = None
-    input: int | None = None
-    codes: int | None = None
-
-
-class PackedImages(Section):
-    """What images the network takes, and what its classes are.
-
-    Attributes:
-        mean, std: per channel, of pixels in 0..1: (pixel - mean) / std.
-    """
-
-    mean: list[float]
-    std: list[float]
-    classes: list[str]
-
-
-class Description(Section):
-    """All of a packed file but its tensors.
-
-    Attributes:
-        made: by what and from what: stage key, teacher, checksums, versions, accuracies.
-    """
-
-    format: int = FORMAT
-    network: PackedNetwork
-    images: PackedImages
-    quantizers: list[PackedQuantizer]
-    codings: list[PackedCoding]
-    layers: dict[str, PackedLayer]
-    made: dict[str, JsonValue]
+PARTS_PER_TENSOR = 8  # parameters that stand for one tensor: more than one where they are shared
 
 
 @dataclass(frozen=True)
@@ -176,7 +114,7 @@ def read_packed(path: Path, *, trust: Collection[str] = ()) -> PackedModel:
     """
     try:
         raw, stored, tensors = _read(path)
-        description = _described(raw)
+        description = described(raw)
         if checksum(raw, tensors) != stored:
             raise ValueError("it does not match its checksum")
         _check_source(description, trust)
@@ -238,21 +176,6 @@ def _read(path: Path) -> tuple[Any, Any, dict[str, Tensor]]:
     return entry["description"], entry["sha256"], tensors
 
 
-def _described(raw: Any) -> Description:
-    known = isinstance(raw, dict) and isinstance(raw.get("format"), int)
-    if known and raw["format"] > FORMAT:
-        raise ValueError(
-            f"written by a newer Bitladder (format {raw['format']}, this one reads {FORMAT}): "
-            "upgrade Bitladder"
-        )
-    try:
-        return Description.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"its description is damaged: {where}: {first['msg']}") from None
-
-
 def checksum(description: Any, tensors: Mapping[str, Tensor]) -> str:
     """The sha256 of a description and of all tensors with their names, types and shapes."""
     found = hashlib.sha256(_text(description).encode())
@@ -303,7 +226,8 @@ def _rebuild(
     network = description.network
     shape: dict[str, Any] = network.model_dump(exclude={"source"})
     try:
-        empty = build_model(**shape, device="meta")
+        with few_parts(PARTS_PER_TENSOR * len(tensors)):
+            empty = build_model(**shape, device="meta")
     except Exception as error:  # options of any kind go to code of any kind
         raise ValueError(f"its network cannot be built: {error}") from None
     claimed = sum(p.numel() for p in (*empty.parameters(), *empty.buffers()))

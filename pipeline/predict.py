@@ -16,7 +16,8 @@ from .data.decode import read_all
 from .data.listing import EXTENSIONS
 from .derived import format_of
 from .errors import ConfigError
-from .packed_file import PackedImages, read_packed
+from .packed_description import PackedImages
+from .packed_file import read_packed
 from .runtimes import Opened, in_pytorch, needed, open_onnx
 
 BATCH = 64

@@ -30,7 +30,10 @@ HOMES = {
     "sqlalchemy": ("pipeline/store*",),
     "pydantic": (
         *("pipeline/config*", "pipeline/plan*", "pipeline/study/config.py"),
-        *("pipeline/packed_file.py", "pipeline/predict.py"),  # what a shipped file says of itself
+        *(
+            "pipeline/packed_description.py",
+            "pipeline/predict.py",
+        ),  # what a shipped file says of itself
     ),
     "onnx": ("quant/export/onnx_*",),
     "openvino": ("quant/export/openvino_ir.py",),

@@ -16,7 +16,8 @@ from ...quant.swap import float_state_dict
 from ..errors import StageError
 from ..fit import EVALUATION_BATCH
 from ..network import build_network, load_network
-from ..packed_file import PackedImages, read_packed, tensors_of, write_packed
+from ..packed_description import PackedImages
+from ..packed_file import read_packed, tensors_of, write_packed
 from ..record import PACKED, StageRecord
 from .base import STAGES, StageContext, StageOutput
 

@@ -1,16 +1,18 @@
 """Packed files: made with every ladder, read back, refused where they are not what they claim."""
 
 import json
+import time
 
 import pytest
 import torch
-from bitladder.models import build_model
+from bitladder.models import build_model, source_hash
 from bitladder.pipeline import packed_file
 from bitladder.pipeline.config_load import parse_config
 from bitladder.pipeline.derived import pack_spec
 from bitladder.pipeline.errors import ConfigError, StageError
 from bitladder.pipeline.network import load_network
-from bitladder.pipeline.packed_file import PackedImages, read_packed, write_packed
+from bitladder.pipeline.packed_description import PackedImages
+from bitladder.pipeline.packed_file import read_packed, write_packed
 from bitladder.pipeline.record import PACKED
 from bitladder.pipeline.report import accuracy_report
 from bitladder.pipeline.runner import open_ladder, run_ladder
@@ -35,6 +37,9 @@ def shipped(tmp_path_factory):
 
 def packed_path(store, record):
     return store.stages / pack_spec(record.key).key / PACKED
+
+
+NAN = float("nan")
 
 
 def images(count=8):
@@ -128,7 +133,15 @@ def network(**values):
         (lambda raw, tensors: raw.update(more=1), "more: Extra inputs"),
         (network(name="no_such_net"), "no_such_net"),
         (network(source="tiny_convnet/v0"), r"packed .* install bitladder \d"),
-        (network(num_classes=10**12), "more than its"),
+        (lambda raw, tensors: raw.update(format=0), "format: "),
+        (lambda raw, tensors: raw["images"]["mean"].append(0.5), "mean has 2 entries.* 1 channels"),
+        (lambda raw, tensors: raw["images"].update(std=[]), "std has 0 entries"),
+        (lambda raw, tensors: raw["images"].update(std=[0.0]), "images.std.0: "),
+        (lambda raw, tensors: raw["images"].update(mean=[NAN]), "images.mean.0: "),
+        (lambda raw, tensors: raw["images"]["classes"].pop(), "classes has 9 entries"),
+        (lambda raw, tensors: raw["codings"][0].update(zero_point=NAN), "zero_point: "),
+        (network(image_size=10**9), "image_size: "),
+        (network(num_classes=10**12), "and the network 1000000000000 classes"),
         (network(num_classes=-1), "num_classes"),
         (network(options={"width": 10**5}), "more than its"),
         (network(options={"width": 10**9}), "cannot be built"),
@@ -198,6 +211,17 @@ def test_a_network_of_torchvision_outlives_the_version_that_packed_it(tmp_path):
     other = rewritten(whole, tmp_path / "other.safetensors", x1_0)
     with pytest.raises(ConfigError, match="was another one when it was packed"):
         read_packed(other)
+
+
+def test_a_network_of_a_million_blocks_is_not_begun(shipped, tmp_path):
+    blocks = {"inverted_residual_setting": [[1, 16, 10**6, 1]]}
+    source = source_hash("torchvision:mobilenet_v2")
+    change = network(name="torchvision:mobilenet_v2", options=blocks, source=source)
+    file = rewritten(shipped[2][1], tmp_path / "endless.safetensors", change)
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="parameters, and its file"):
+        read_packed(file)
+    assert time.monotonic() - began < 10
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
