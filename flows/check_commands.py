@@ -18,7 +18,7 @@ from ..pipeline.store import Store
 from .tables import print_rows, print_table, table_of
 
 # what a terminal too narrow for the layers does without, the first one first
-_LESS_OF_LAYERS = ("quantizer", "scale", "clip range")
+_LESS_OF_LAYERS = ("quantizer", "bits", "clip range", "scale")
 
 
 def evaluate_file(file: Path, source: str | None, overrides: Sequence[str]) -> None:
@@ -59,9 +59,7 @@ def evaluate_run(name: str | None, stage: str | None, store: Store) -> None:
             f"{result.accuracy.images} images"
         )
         if result.layers:
-            numbers = ("bits", "scale", "clip range", "levels", "clipped %", "SQNR dB")
-            rows = list(_layers(result.layers))
-            print_rows(rows, right=numbers, dispensable=_LESS_OF_LAYERS)
+            _print_layers(result.layers)
         packed = store.find(pack_spec(key).key)
         if packed is not None:
             print_table(_costs(packed.metrics))
@@ -70,6 +68,11 @@ def evaluate_run(name: str | None, stage: str | None, store: Store) -> None:
         raise StoreError("\n".join([*damaged, way_out]), exit_code=1)
     if not found:
         raise StoreError(f"{stage or 'no stage'} of {run.run} is {'not ' if stage else ''}done yet")
+
+
+def _print_layers(layers: Sequence[dict[str, Any]]) -> None:
+    numbers = ("bits", "scale", "clip range", "levels", "clip %", "SQNR dB")
+    print_rows(list(_layers(layers)), right=numbers, dispensable=_LESS_OF_LAYERS)
 
 
 def _layers(layers: Sequence[dict[str, Any]]) -> Iterator[dict[str, str]]:
@@ -81,13 +84,13 @@ def _layers(layers: Sequence[dict[str, Any]]) -> Iterator[dict[str, str]]:
             sqnr = layer[f"{half}_sqnr_db"]
             yield {
                 "layer": layer["layer"],
-                "of": half,
+                "of": half[0].upper(),  # as in the table of costs: W, A
                 "quantizer": layer[f"{half}_quantizer"],
                 "bits": str(layer[f"{half}_bits"]),
-                "scale": f"{layer[f'{half}_scale']:.4g}",
+                "scale": f"{layer[f'{half}_scale']:.3g}",
                 "clip range": f"{layer[f'{half}_low']:.3g} .. {layer[f'{half}_high']:.3g}",
                 "levels": str(layer[f"{half}_levels"]),
-                "clipped %": f"{100 * layer[f'{half}_clipped']:.2f}",
+                "clip %": f"{100 * layer[f'{half}_clipped']:.2f}",
                 "SQNR dB": "none" if sqnr is None or isinf(sqnr) else f"{sqnr:.1f}",
             }
 

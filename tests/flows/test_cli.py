@@ -390,7 +390,7 @@ def test_evaluate_gives_the_recorded_accuracy_and_the_levels_of_each_layer(bitla
     assert out.startswith(f"w2a2: test top-1 {recorded:.2f} % (recorded {recorded:.2f} %)")
     levels, _, costs = out.partition("MMACs")
     conv2 = [line.split() for line in levels.splitlines() if line.startswith("conv2")]
-    assert [(row[1], row[3]) for row in conv2] == [("weight", "2"), ("activation", "2")]
+    assert [(row[1], row[3]) for row in conv2] == [("W", "2"), ("A", "2")]
     bitops = [float(line.split()[-1]) for line in costs.splitlines()[1:]]
     assert bitops[-1] == pytest.approx(sum(bitops[:-1]), abs=1e-3)
     packed = store.find(pack_spec(key_of(store, "w2a2")).key)

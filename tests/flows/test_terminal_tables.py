@@ -3,6 +3,7 @@ import re
 import sys
 
 import pytest
+from bitladder.flows.check_commands import _print_layers
 from bitladder.flows.tables import bars, print_rows
 
 ROWS = [
@@ -57,6 +58,34 @@ def test_a_pipe_gets_every_column_however_narrow(monkeypatch, capsys):
     print_rows(ROWS, right=(), dispensable=("quantizer", "scale"))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines] == [list(ROWS[0]), *([*r.values()] for r in ROWS)]
+
+
+def test_what_quantizers_do_to_the_layers_of_a_resnet_fits_80_columns(terminal):
+    out = terminal(80)
+    halves = {"weight": ("range_linear", 2, 0.004393, -0.1612), "activation": ("lsq", 2, 1.2, -1.6)}
+    row = {"layer": "layer2.0.shortcut"}
+    for half, (name, bits, scale, low) in halves.items():
+        values = {"quantizer": name, "bits": bits, "scale": scale, "low": low, "high": 0.0806}
+        values |= {"levels": 4, "clipped": 0.1234, "sqnr_db": -10.25}
+        row |= {f"{half}_{fact}": value for fact, value in values.items()}
+    _print_layers([row])
+    header, *lines, missing = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).splitlines()
+    assert missing == "(no room for quantizer)"
+    assert header.split() == [
+        "layer",
+        "of",
+        "bits",
+        "scale",
+        "clip",
+        "range",
+        "levels",
+        "clip",
+        "%",
+        "SQNR",
+        "dB",
+    ]
+    assert lines[0].split()[:4] == ["layer2.0.shortcut", "W", "2", "0.00439"]
+    assert all(len(line.rstrip()) <= 80 for line in (header, *lines))
 
 
 def text_of(bar):
