@@ -96,7 +96,7 @@ def speeds(run: Run, store: Store, batches: list[int]) -> str:
             continue
         trust = {packed.network["name"]}
         network = read_packed(store.stages / packed.key / PACKED, trust=trust)
-        for one in bench(network, batches=batches):
+        for one in bench(network, batches=batches).speeds:
             kernels = ", ".join(f"{n} {kind}" for kind, n in one.kernels.items())
             lines.append(
                 f"| {planned['name']} | {one.runtime} | {one.batch} | {1e3 * one.seconds:.2f} | "

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ..pipeline.derived import SUFFIXES, bench_spec, export_spec
+from ..pipeline.derived import SUFFIXES, bench_spec, export_spec, format_of
 from ..pipeline.errors import ConfigError, StoreError
 from ..pipeline.files import write_atomic
 from ..pipeline.record import StageRecord
@@ -136,6 +138,7 @@ def bench_networks(
     batches: Sequence[int],
     threads: int | None,
     trust: Collection[str],
+    again: bool,
     store: Store,
 ) -> None:
     """`bitladder bench`: files are timed, ladders are timed and that is recorded."""
@@ -143,9 +146,15 @@ def bench_networks(
 
     from ..pipeline.machine import describe
     from ..pipeline.report import speed_row
+    from ..pipeline.runtimes import runtime_versions
 
-    count = threads or torch.get_num_threads()
-    facts = describe(torch.device("cpu"))
+    files = {one: Path(one) for one in asked if Path(one).is_file()}
+    runs = {one: _run_named(one, store) for one in asked if one not in files}
+    if other := [file for file in files.values() if format_of(file) != "packed"]:
+        way_out = "bench takes packed files, and times their ONNX and OpenVINO forms itself"
+        raise ConfigError([f"{file}: {way_out}" for file in other])
+    threads = threads or torch.get_num_threads()
+    machine = str(describe(torch.device("cpu"))["device_name"])
     table = table_of(
         (
             "network",
@@ -160,17 +169,34 @@ def bench_networks(
         ),
         right=("batch", "ms", "10-90 %", "images/s", "FP32 ms", "times"),
     )
+    versions = ", ".join(f"{name} {number}" for name, number in runtime_versions().items())
+    notes = []
     with Console(stderr=True).status("") as status:
         for one in asked:
-            if Path(one).is_file():
-                rows = _bench_file(Path(one), batches, count, trust, status.update)
+            if one in files:
+                found = _bench_file(files[one], batches, threads, trust, status.update)
             else:
-                machine = str(facts["device_name"])
-                rows = _bench_run(store.run(one), batches, count, machine, store, status.update)
-            for name, speed in rows:
-                table.add_row(name, *speed_row(speed).values())
+                found = _bench_run(
+                    runs[one], batches, threads, machine, again, store, status.update
+                )
+            for name, timings in found:
+                for speed in timings["speeds"]:
+                    table.add_row(name, *speed_row(speed).values())
+                notes += [f"{name}: no {r}: {why}" for r, why in timings["left_out"].items()]
     print_table(table)
-    print(f"{facts['device_name']}, {count} threads, torch {facts['torch']}")
+    print("\n".join([*notes, f"{machine}, {threads} threads, {versions}"]))
+
+
+def _run_named(name: str, store: Store) -> Run:
+    """A run that was asked for where a file could be meant.
+
+    Raises:
+        StoreError: it is neither.
+    """
+    try:
+        return store.run(name)
+    except StoreError as error:
+        raise StoreError(f"there is no file {name}, and no such run: {error}") from None
 
 
 def _bench_file(
@@ -180,6 +206,7 @@ def _bench_file(
     trust: Collection[str],
     say: Callable[[str], None],
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Name and `Timings`, once."""
     import torch
 
     from ..pipeline.bench import bench
@@ -191,8 +218,7 @@ def _bench_file(
     def tell(done: int, all_: int) -> None:
         say(f"{file.name}: round {done} of {all_}")
 
-    for speed in bench(packed, batches=batches, after_round=tell):
-        yield file.name, asdict(speed)
+    yield file.name, asdict(bench(packed, batches=batches, after_round=tell))
 
 
 def _bench_run(
@@ -200,13 +226,18 @@ def _bench_run(
     batches: Sequence[int],
     threads: int,
     machine: str,
+    again: bool,
     store: Store,
     say: Callable[[str], None],
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Name and `Timings` of each rung, as recorded."""
     from ..pipeline.derive import derive
+    from ..pipeline.runtimes import runtime_versions
 
+    versions = runtime_versions()
     for rung, record in _packed(run, None, store).items():
         say(f"{run.run}, {rung}")
-        made = derive(run, rung, bench_spec(record.key, machine, threads, batches), store)
-        for speed in made.metrics["speeds"]:
-            yield rung, speed
+        spec = partial(bench_spec, record.key, machine, threads, batches, versions=versions)
+        measured = next(n for n in count() if store.find(spec(repeat=n).key) is None)
+        repeat = measured if again else max(measured - 1, 0)
+        yield rung, derive(run, rung, spec(repeat=repeat), store).metrics

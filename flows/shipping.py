@@ -90,6 +90,9 @@ def bench(
     ],
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Default: 1 and 64.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: as torch has it.")] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure ladders anew that were measured before.")
+    ] = False,
     trust: TrustOption = None,
     store: StoreOption = DEFAULT_STORE,
     database: DatabaseOption = None,
@@ -102,9 +105,10 @@ def bench(
 
     "times" is how many times as fast as FP32, the median over rounds in which
     both were timed in turns. "layers in" is what OpenVINO says of its kernels:
-    4 and 2 bits run on those of 8 bits, so they are smaller and not faster.
+    4 and 2 bits run on those of 8 bits, so they are smaller and not faster. What
+    was measured of a ladder is shown again until a runtime has another version.
     """
     from .ship_commands import bench_networks
 
     opened = open_store(store, database, verbose)
-    bench_networks(networks, batch or [1, 64], threads, trust or [], opened)
+    bench_networks(networks, batch or [1, 64], threads, trust or [], again, opened)

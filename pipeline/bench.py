@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
 from ..quant.export.canonical import make_canonical
+from .errors import ConfigError
 from .exported import write_onnx, write_openvino
 from .network import build_network
 from .packed_file import PackedModel
@@ -49,28 +51,42 @@ class Speed:
     rounds: int
 
 
+@dataclass(frozen=True)
+class Timings:
+    """What the runtimes of this machine do with a network.
+
+    Attributes:
+        left_out: the runtimes that did not time it, each with why.
+    """
+
+    speeds: tuple[Speed, ...]
+    left_out: Mapping[str, str]
+
+
 def bench(
     packed: PackedModel,
     *,
     batches: Sequence[int] = BATCHES,
     rounds: int = ROUNDS,
     after_round: Callable[[int, int], None] = lambda done, all_: None,
-) -> list[Speed]:
+) -> Timings:
     """Times a packed network and its float32 original in turns, in torch's number of threads.
 
-    Images are random: the time does not depend on them.
+    Images are random: the time does not depend on them. A runtime that is not installed, or has
+    no form for the network, is left out.
     """
     original = float_original(packed)
     network = packed.description.network
     shape = (network.in_channels, network.image_size, network.image_size)
     threads = torch.get_num_threads()
     generator = torch.Generator().manual_seed(0)
-    found = []
+    found: list[Speed] = []
+    left_out: dict[str, str] = {}
     with TemporaryDirectory() as folder:
-        any_batch = _opened(packed, original, Path(folder), threads)
+        any_batch = _opened(packed, original, Path(folder), threads, left_out)
         for batch in batches:
             x = torch.randn(batch, *shape, generator=generator)
-            pairs = any_batch | _on_bits(packed, any_batch, batch, Path(folder), threads)
+            pairs = any_batch | _on_bits(packed, any_batch, batch, Path(folder), threads, left_out)
             cases = {name: (_case(own, x), _case(other, x)) for name, (own, other) in pairs.items()}
             every = [case for pair in cases.values() for case in pair]
             in_turns(every, rounds=rounds, warm_up=WARM_UP, after_round=after_round)
@@ -78,7 +94,7 @@ def bench(
                 _speed(name, batch, own, other, pairs[name][0])
                 for name, (own, other) in cases.items()
             ]
-    return found
+    return Timings(tuple(found), left_out)
 
 
 def float_original(packed: PackedModel) -> PackedModel:
@@ -90,32 +106,55 @@ def float_original(packed: PackedModel) -> PackedModel:
     return replace(packed, model=model, weights={}, description=empty)
 
 
-def _opened(packed: PackedModel, original: PackedModel, folder: Path, threads: int) -> Pairs:
+def _opened(
+    packed: PackedModel,
+    original: PackedModel,
+    folder: Path,
+    threads: int,
+    left_out: dict[str, str],
+) -> Pairs:
+    def written(suffix: str, write: Callable[[PackedModel, Path], object]) -> Iterator[Path]:
+        for name, network in (("own", packed), ("float", original)):
+            file = folder / f"{name}{suffix}"
+            write(network, file)
+            yield file
+
     pairs = {"pytorch": (in_pytorch(packed.model), in_pytorch(original.model))}
-    if find_spec("onnx") is None:
-        return pairs
-    if find_spec("onnxruntime") is not None:
-        files = [folder / f"{name}.onnx" for name in ("own", "float")]
-        for file, network in zip(files, (packed, original), strict=True):
-            write_onnx(network, file)
-        own, other = (open_onnx(file, threads=threads) for file in files)
+    with _left_out_if_refused("onnxruntime", left_out):
+        own, other = (open_onnx(file, threads=threads) for file in written(".onnx", write_onnx))
         pairs["onnxruntime"] = own, other
-    if find_spec("openvino") is not None:
-        files = [folder / f"{name}.xml" for name in ("own", "float")]
-        for file, network in zip(files, (packed, original), strict=True):
-            write_openvino(network, file, batch=None)
-        own, other = (open_openvino(file, threads=threads) for file in files)
+    with _left_out_if_refused("openvino", left_out):
+        ir = partial(write_openvino, batch=None)
+        own, other = (open_openvino(file, threads=threads) for file in written(".xml", ir))
         pairs["openvino"] = own, other
     return pairs
 
 
-def _on_bits(packed: PackedModel, pairs: Pairs, batch: int, folder: Path, threads: int) -> Pairs:
+def _on_bits(
+    packed: PackedModel,
+    pairs: Pairs,
+    batch: int,
+    folder: Path,
+    threads: int,
+    left_out: dict[str, str],
+) -> Pairs:
     """Binary layers by xnor and popcount, where there are such; they take a fixed batch."""
     file = folder / f"bits{batch}.xml"
-    if "openvino" not in pairs or not write_openvino(packed, file, batch=batch):
-        return {}
-    _, original = pairs["openvino"]
-    return {"openvino, bits": (open_openvino(file, threads=threads), original)}
+    if "openvino" in pairs:
+        with _left_out_if_refused("openvino, bits", left_out):
+            if write_openvino(packed, file, batch=batch):
+                _, original = pairs["openvino"]
+                return {"openvino, bits": (open_openvino(file, threads=threads), original)}
+    return {}
+
+
+@contextmanager
+def _left_out_if_refused(runtime: str, left_out: dict[str, str]) -> Iterator[None]:
+    """Writes down why a runtime is not to be timed; the others are."""
+    try:
+        yield
+    except ConfigError as error:
+        left_out[runtime] = str(error)
 
 
 def _case(opened: Opened, x: torch.Tensor) -> Case:

@@ -69,14 +69,29 @@ def export_spec(
     )
 
 
-def bench_spec(packed: str, machine: str, threads: int, batches: Sequence[int]) -> StageSpec:
-    """The stage that times a packed network, whose key is given, on a machine of some name."""
+def bench_spec(
+    packed: str,
+    machine: str,
+    threads: int,
+    batches: Sequence[int],
+    *,
+    versions: Mapping[str, str],
+    repeat: int = 0,
+) -> StageSpec:
+    """The stage that times a packed network, whose key is given, on a machine of some name.
+
+    Args:
+        versions: of the runtimes, by name: another one is measured anew.
+        repeat: how often it was measured before: what was noisy can be measured again.
+    """
     return StageSpec(
         kind="bench",
         options={
             "machine": machine,
             "threads": threads,
             "batches": list(batches),
+            "versions": dict(versions),
+            "repeat": repeat,
             "recipe": BENCH_RECIPE,
         },
         parents={"packed": packed},

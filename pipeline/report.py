@@ -147,15 +147,21 @@ def _rows(store: Store, run: Run) -> list[dict[str, Any]]:
 
 
 def _speeds(store: Store, run: Run) -> list[dict[str, str]]:
-    """What `bitladder bench` found of a run's packed networks, as text for people."""
+    """What `bitladder bench` found of a run's packed networks, as text for people.
+
+    Of what was measured again, with another version or not, it is the last.
+    """
     names = dict(zip(run.packed, (str(stage["name"]) for stage in run.stages), strict=True))
-    return [
-        {"run": run.run, "stage": names[packed], **speed_row(speed), "machine": machine}
-        for record in store.of_kind("bench")
-        if (packed := record.spec.parents["packed"]) in names
-        and (machine := "{machine}, {threads} threads".format(**record.spec.options))
-        for speed in record.metrics["speeds"]
-    ]
+    found = {}
+    for record in store.of_kind("bench"):
+        packed = record.spec.parents["packed"]
+        machine = "{machine}, {threads} threads".format(**record.spec.options)
+        for speed in record.metrics["speeds"] if packed in names else ():
+            runtime, batch = speed["runtime"], speed["batch"]
+            row = {"run": run.run, "stage": names[packed], **speed_row(speed), "machine": machine}
+            row["version"] = record.metrics.get("versions", {}).get(runtime.split(",")[0], "")
+            found[packed, runtime, batch, machine] = row
+    return list(found.values())
 
 
 def speed_row(speed: Mapping[str, Any]) -> dict[str, str]:

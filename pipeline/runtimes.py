@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,15 @@ def needed(package: str) -> Any:
         return import_module(package)
     except ImportError:
         raise ConfigError([f"this needs {package}; install it with: {EXTRA}"]) from None
+
+
+def runtime_versions() -> dict[str, str]:
+    """The versions of the runtimes that are installed, by name."""
+    found = {"pytorch": str(torch.__version__)}
+    for package in ("onnxruntime", "openvino"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _kernels(compiled: Any) -> Counter[str]:

@@ -29,6 +29,6 @@ def time_packed(context: StageContext) -> StageOutput:
         )
     finally:
         torch.set_num_threads(threads)
-    rows = [asdict(speed) for speed in found]
-    write_json(context.around.workdir / SPEEDS, {"speeds": rows})
-    return StageOutput((SPEEDS,), record.network, {"speeds": rows})
+    facts = {**asdict(found), "versions": options["versions"]}
+    write_json(context.around.workdir / SPEEDS, facts)
+    return StageOutput((SPEEDS,), record.network, facts)

@@ -3,12 +3,13 @@
 import errno
 import os
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
 from bitladder.flows import commands, ship_commands
-from bitladder.pipeline import derived
+from bitladder.pipeline import derived, runtimes
 from bitladder.pipeline.config_load import parse_config
 from bitladder.pipeline.runner import open_ladder, run_ladder
 from bitladder.pipeline.store import Store
@@ -169,11 +170,49 @@ def test_predict_prints_a_line_an_image(bitladder, store):
 def test_bench_of_a_ladder_is_recorded_and_in_the_report(bitladder, store):
     code, out, _ = bitladder("bench", "tiny", "--batch", "1", "--threads", "1")
     assert code == 0
-    assert out.count("openvino") == 2
+    assert out.count("openvino  ") == 2
     _, page, _ = bitladder("report", "-f", "markdown")
     assert "| w4a4" in page
     assert "onnxruntime" in page
     assert "onnxruntime" in bitladder("report", "-f", "html")[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("w4.onnx", "w4.onnx: bench takes packed files"),
+        ("w5.safetensors", "there is no file w5.safetensors, and no such run"),
+    ],
+)
+def test_bench_says_what_it_takes(bitladder, store, name, says):
+    Path("w4.onnx").write_text("not looked into")
+    code, _, err = bitladder("bench", "tiny", name)
+    assert code == 2
+    assert says in err
+    assert store.of_kind("bench") == []  # before anything is timed
+
+
+def test_bench_measures_anew_where_a_runtime_is_another_or_it_is_asked_to(
+    bitladder, store, monkeypatch
+):
+    def bench(*words):
+        code, out, _ = bitladder("bench", "tiny", "--batch", "1", "--threads", "1", *words)
+        assert code == 0
+        return out, len(Store("artifacts").of_kind("bench"))
+
+    rungs = 2
+    out, records = bench()
+    assert f"openvino {version('openvino')}" in out
+    assert (records, bench()) == (rungs, (out, rungs))
+    again, records = bench("--again")
+    assert (again != out, records) == (True, 2 * rungs)
+    assert bench() == (again, 2 * rungs)  # the last measurement counts
+    page = bitladder("report", "-f", "markdown")[1]
+    assert page.count("onnxruntime") == rungs
+    monkeypatch.setattr(runtimes, "version", lambda package: "99.0")
+    out, records = bench()
+    assert ("onnxruntime 99.0" in out, records) == (True, 3 * rungs)
+    assert bitladder("report", "-f", "markdown")[1].count("| 99.0") == 2 * rungs
 
 
 def test_clean_keeps_what_was_made_from_a_packed_network_until_its_ladder_is_gone(bitladder, store):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from bitladder.pipeline import bench as benching
 from bitladder.pipeline import exported
 from bitladder.pipeline.bench import bench
 from bitladder.pipeline.derive import derive
@@ -121,9 +122,23 @@ def test_predict_names_everything_that_it_cannot_use(shipped, tmp_path):
 def test_bench_times_each_runtime_beside_float32(shipped):
     store, run = shipped
     packed = read_packed(store.stages / packed_key(run, "w4a8") / PACKED)
-    found = bench(packed, batches=(1, 2), rounds=3)
+    timings = bench(packed, batches=(1, 2), rounds=3)
+    found = timings.speeds
+    assert timings.left_out == {}
     assert [(s.runtime, s.batch) for s in found] == [
         (runtime, batch) for batch in (1, 2) for runtime in ("pytorch", "onnxruntime", "openvino")
     ]
     assert all(s.low <= s.seconds <= s.high and s.ratio > 0 for s in found)
     assert any("int8" in s.kernels for s in found if s.runtime == "openvino")
+
+
+def test_a_runtime_that_refuses_a_network_is_left_out_and_the_others_time_it(shipped, monkeypatch):
+    def refuse(*_, **__):
+        raise ConfigError(["conv2: ONNX export has no such thing"])
+
+    monkeypatch.setattr(benching, "write_onnx", refuse)
+    store, run = shipped
+    packed = read_packed(store.stages / packed_key(run, "w4a8") / PACKED)
+    timings = bench(packed, batches=(1,), rounds=3)
+    assert [speed.runtime for speed in timings.speeds] == ["pytorch", "openvino"]
+    assert timings.left_out == {"onnxruntime": "conv2: ONNX export has no such thing"}
