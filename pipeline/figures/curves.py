@@ -14,11 +14,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 UNITS = ((7200.0, 3600.0, "hours"), (180.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))
-LINES = {  # of metrics.jsonl: what it is, and the dashes that say so
-    "train_cross_entropy": ("training: cross entropy", "solid"),
-    "val_loss": ("validation: cross entropy", (0, (4, 2))),
-    "train_distillation": ("training: distillation", (0, (1, 1.5))),
+NATS = {  # of metrics.jsonl: what it is, the dashes that say so, and the marker of few epochs
+    "train_cross_entropy": ("training: cross entropy", "solid", "o"),
+    "val_loss": ("validation: cross entropy", (0, (4, 2)), "s"),
+    "train_distillation": ("training: distillation", (0, (1, 1.5)), "^"),
 }
+LINES: dict[str, tuple[str, Any, str]] = {
+    **NATS,
+    "train_features": ("training: features", (0, (6, 1.5, 1, 1.5)), "D"),
+    "train_bins_weight": ("bins of weights", (0, (3, 1, 1, 1, 1, 1)), "P"),
+    "train_bins_activation": ("bins of activations", (0, (8, 2)), "X"),
+    "train_dampening": ("dampening", (0, (2, 3)), "v"),
+}
+FEW = 12  # epochs; of more, markers would hide the line
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ def accuracy_curves(courses: Sequence[Course]) -> Figure:
     for number, (course, times) in enumerate(_timed(courses, unit)):
         colour = COLOURS[number % len(COLOURS)]
         values = [_percent(line.get("val_top1")) for line in course.epochs]
-        marker = MARKERS[number % len(MARKERS)] if len(times) < 12 else None
+        marker = MARKERS[number % len(MARKERS)] if len(times) < FEW else None
         panel.plot(times, values, color=colour, marker=marker)
         if course.test is not None and times:
             end: dict[str, Any] = {
@@ -64,27 +72,36 @@ def accuracy_curves(courses: Sequence[Course]) -> Figure:
 @styled
 def loss_curves(courses: Sequence[Course]) -> Figure:
     """The losses after each epoch, on a logarithmic axis."""
-    figure = new_figure(WIDTH, 3.2, "Losses over training")
+    title = "Losses over training"
+    drawn = [
+        column
+        for column in LINES
+        if any(line.get(column) for course in courses for line in course.epochs)
+    ]
+    figure = new_figure(WIDTH, 3.2 + 0.09 * max(0, len(drawn) - 4), title)
     panel = figure.subplots()
     unit, name = _unit(courses)
-    seen: dict[str, Any] = {}
+    few = any(0 < len(course.epochs) < FEW for course in courses)
     for number, (course, times) in enumerate(_timed(courses, unit)):
-        for column, (label, dashes) in LINES.items():
+        for column in drawn:
+            _, dashes, marker = LINES[column]
             values = [line.get(column) for line in course.epochs]
             if not any(values):
                 continue
-            seen[label] = {"linestyle": dashes}
             panel.plot(
                 times,
                 [value if value and value > 0 else float("nan") for value in values],
                 color=COLOURS[number % len(COLOURS)],
                 linestyle=dashes,
-                marker="." if len(times) < 12 else None,
+                marker=marker if len(times) < FEW else None,
+                markerfacecolor="none",  # equal losses stay both in sight
             )
     panel.set_yscale("log")
     plain_numbers(panel.yaxis)
-    _key(panel, seen)
-    panel.set_ylabel("loss, nats")
+    hollow = {"markerfacecolor": "none"}
+    looks = (LINES[column] for column in drawn)
+    _key(panel, {n: {"linestyle": d, "marker": m if few else None, **hollow} for n, d, m in looks})
+    panel.set_ylabel("loss, nats" if set(drawn) <= set(NATS) else "loss, each in its own unit")
     _hand_overs(panel, courses, unit, name)
     return figure
 
