@@ -60,6 +60,10 @@ class Run:
         pairs = zip(self.trained, parents, strict=True)
         return [look_spec(key, teacher_keys(above)).key for key, above in pairs]
 
+    def named(self, key: str) -> str:
+        """The name of the stage that has a key; the key itself where none has."""
+        return next((str(s["name"]) for s in self.stages if s["key"] == key), key)
+
     def begins_with(self, other: Run) -> bool:
         """Whether the stages of another are the first ones of this."""
         pairs = zip(self.stages, other.stages, strict=False)

@@ -14,7 +14,7 @@ from ..store import Store
 from .curves import Course, accuracy_curves, loss_curves
 from .pareto import BITOPS, BYTES, accuracy_against, points_of
 from .per_layer import ERRORS, FACTS, facts_of, known, level_use, quantization_error
-from .ridges import can_draw, ridges
+from .ridges import can_draw, is_quantized, ridges
 from .steps import has_scales, step_sizes
 from .teachers import disagreement
 
@@ -69,22 +69,23 @@ def _of_run(store: Store, run: Run, prefix: str) -> Iterator[Drawn]:
         yield Drawn(f"{prefix}curves-accuracy", run.run, None, _ACCURACY, accuracies)
         yield Drawn(f"{prefix}curves-loss", run.run, None, _LOSS, losses)
     for stage, course in zip(run.stages, courses, strict=True):
-        for name, caption, drawing in _of_stage(store, stage, course):
+        for name, caption, drawing in _of_stage(store, run, stage, course):
             full = f"{prefix}{stage['name']}-{name}"
             yield Drawn(full, run.run, str(stage["name"]), caption, drawing)
 
 
 def _of_stage(
-    store: Store, stage: Row, course: Course
+    store: Store, run: Run, stage: Row, course: Course
 ) -> Iterator[tuple[str, str, Callable[[], Figure]]]:
     name = str(stage["name"])
     record = store.read(stage["key"])
     look = (read_look(store, record) if record else None) or {}
     layers = look.get("layers", ())
     if can_draw(layers, "weight"):
-        yield "weights", _RIDGES, partial(ridges, name, layers, "weight")
-    if can_draw(layers, "activation"):
-        yield "activations", _RIDGES, partial(ridges, name, layers, "activation")
+        caption = _RIDGES if is_quantized(layers, "weight") else _FULL
+        yield "weights", caption, partial(ridges, name, layers, "weight")
+    if can_draw(layers, "activation"):  # of inputs in float there is no view
+        yield "activations", _RIDGES + _IMAGES, partial(ridges, name, layers, "activation")
     facts = facts_of(record.metrics.get("layers", ()), layers) if record else []
     if known(facts, FACTS):
         yield "levels", _LEVELS, partial(level_use, name, facts)
@@ -93,7 +94,8 @@ def _of_stage(
     if has_scales(course.epochs):
         yield "steps", _STEPS, partial(step_sizes, name, course.epochs)
     for found in look.get("teachers", ()):
-        draw = partial(disagreement, name, found, look.get("classes", ()))
+        teacher = run.named(found["key"])
+        draw = partial(disagreement, name, teacher, found, look.get("classes", ()))
         yield found["role"], _TEACHER, draw
 
 
@@ -116,11 +118,13 @@ _LOSS = (
     "Mean loss of each epoch, before weights; rungs in the colours of the names above. "
     "Distillation is against each rung's own teacher, so it is not comparable between rungs."
 )
+_HEIGHTS = "Heights are square roots, each to its own scale."
 _RIDGES = (
     "A row is a layer: values before quantization (light), shares on the levels after it (bars), "
-    "and the quantizer's function (thin line). Heights are square roots, each to its own scale. "
-    "From up to 256 validation images."
+    f"and the quantizer's function (thin line). {_HEIGHTS}"
 )
+_FULL = f"A row is a layer: how its values are spread; nothing is quantized. {_HEIGHTS}"
+_IMAGES = " From up to 256 validation images."
 _LEVELS = (
     "How many of its 2^bits levels a layer uses, and how many values lie beyond the outermost."
 )

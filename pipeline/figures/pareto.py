@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .style import BLUE, COLOURS, INK, MARKERS, WIDTH, new_figure, plain_numbers, styled
+from .style import COLOURS, INK, MARKERS, WIDTH, new_figure, plain_numbers, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MANY = 14  # points; more are not named
+MANY = 14  # points; of more only those on the front are named
 SIZE = (280, 155)  # of the axes, about, in typographic points
 Box = tuple[float, float, float, float]
 
@@ -98,7 +98,7 @@ def accuracy_against(rows: Sequence[Mapping[str, Any]], cost: Cost) -> Figure:
             label=run if len(runs) > 1 else "rung",
             zorder=3,
         )
-    _full_precision(panel, rows)
+    _full_precision(panel, rows, runs)
     panel.set_xscale("log")
     panel.margins(x=0.16, y=0.14)
     plain_numbers(panel.xaxis)
@@ -106,26 +106,39 @@ def accuracy_against(rows: Sequence[Mapping[str, Any]], cost: Cost) -> Figure:
     panel.set_ylabel("test top-1, %")
     panel.grid(axis="both")
     figure.legend(loc="outside lower center", ncols=3 if len(runs) == 1 else 1)
-    if len(points) <= MANY:
-        _names(panel, points)
+    _names(panel, points if len(points) <= MANY else best, points)
     return figure
 
 
-def _full_precision(panel: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A dashed line for each network's full precision."""
-    known = {row["fp32_top1"] for row in rows if row["fp32_top1"] is not None}
-    for place, value in enumerate(sorted(known)):
-        label = "FP32" if place == 0 else None
-        panel.axhline(100 * value, color=BLUE, linestyle=(0, (4, 3)), linewidth=1, label=label)
+def _full_precision(panel: Axes, rows: Sequence[Mapping[str, Any]], runs: Sequence[str]) -> None:
+    """A dashed line for each network's full precision, in its run's colour."""
+    known = {(row["run"], row["fp32_top1"]) for row in rows if row["fp32_top1"] is not None}
+    label = "FP32" if len(runs) == 1 else "FP32, in the colour of its run"
+    for place, run in enumerate(runs):
+        for value in sorted(value for owner, value in known if owner == run):
+            panel.axhline(
+                100 * value,
+                color=COLOURS[place % len(COLOURS)],
+                # dashes of runs with one network lie in each other's gaps
+                linestyle=(7 * place / len(runs), (4, 3)),
+                linewidth=1,
+                label=label,
+            )
+            label = ""
 
 
-def _names(panel: Axes, points: Sequence[Point]) -> None:
-    """Beside each point the rung's name, on the first side where nothing stands yet."""
+def _names(panel: Axes, named: Sequence[Point], points: Sequence[Point]) -> None:
+    """Beside each point the rung's name, on the first side where nothing stands yet.
+
+    Args:
+        points: all that are drawn.
+    """
     to_axes = panel.transScale + panel.transLimits
     shares = to_axes.transform([(point.cost, point.accuracy) for point in points])
-    spots = [(x * SIZE[0], y * SIZE[1]) for x, y in shares]
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
-    for point, (x, y) in zip(points, spots, strict=True):
+    spots = {p: (x * SIZE[0], y * SIZE[1]) for p, (x, y) in zip(points, shares, strict=True)}
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots.values()]
+    for point in named:
+        x, y = spots[point]
         half = 2.6 * len(point.stage)  # of the name's width, in points
         boxes = {
             ("center", "bottom", 0, 6): (x - half, y + 6, x + half, y + 15),

@@ -25,6 +25,11 @@ def can_draw(layers: Sequence[Mapping[str, Any]], half: Half) -> bool:
     return any(layer[half] for layer in layers)
 
 
+def is_quantized(layers: Sequence[Mapping[str, Any]], half: Half) -> bool:
+    """Whether this half is on levels in any layer."""
+    return any(layer[half] and layer[half]["bits"] != NO_BITS for layer in layers)
+
+
 @styled
 def ridges(stage: str, layers: Sequence[Mapping[str, Any]], half: Half) -> Figure:
     """Per layer the values before, the levels after, and the staircase between them.
@@ -38,7 +43,7 @@ def ridges(stage: str, layers: Sequence[Mapping[str, Any]], half: Half) -> Figur
     groups = _by_width(layers, half)
     rows = [len(group) for group in groups.values()]
     height = 0.75 + sum(0.3 * count + 0.5 for count in rows)
-    quantized = any(bits != NO_BITS for bits in groups)
+    quantized = is_quantized(layers, half)
     title = f"{stage}: {HALVES[half]}{' on their levels' if quantized else ''}"
     figure = new_figure(WIDTH, max(height, 2.2), title)
     panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=rows).flatten()
@@ -64,7 +69,7 @@ def _panel(panel: Axes, bits: int, group: Sequence[tuple[str, View]]) -> None:
         _before(panel, view, floor)
         if view["levels"]:
             _after(panel, view, floor)
-            _staircase(panel, view, floor, low, high)
+            _staircase(panel, view, floor)
     layer_rows(panel, [name for name, _ in group])
     panel.grid(visible=False)
     panel.set_xlim(low, high)
@@ -121,13 +126,16 @@ def _sorted(view: View) -> list[tuple[float, float]]:
     return sorted(zip(view["levels"], view["after"], strict=True))
 
 
-def _staircase(panel: Axes, view: View, floor: float, low: float, high: float) -> None:
-    """The quantizer's function; its lowest value on the row's floor, its highest on top."""
+def _staircase(panel: Axes, view: View, floor: float) -> None:
+    """The quantizer's function; its lowest value on the row's floor, its highest on top.
+
+    What lies beyond the axis is clipped in drawing: a plateau goes on to the edge.
+    """
     xs, ys = view["stairs"]
     least, most = min(ys), max(ys)
     scale = HEIGHT / (most - least or 1.0)
     seen = [(x, floor - scale * (y - least)) for x, y in zip(xs, ys, strict=True)]
-    seen = _corners([(x, y) for x, y in seen if low <= x <= high])
+    seen = _corners(seen)
     panel.plot(
         [x for x, _ in seen], [y for _, y in seen], color=VERMILLION, linewidth=0.8, zorder=3
     )

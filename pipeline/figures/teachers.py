@@ -22,14 +22,18 @@ SHARES = {
 
 
 @styled
-def disagreement(stage: str, found: Mapping[str, Any], classes: Sequence[str]) -> Figure:
+def disagreement(
+    stage: str, teacher: str, found: Mapping[str, Any], classes: Sequence[str]
+) -> Figure:
     """How many images each gets right, and which classes they take for which.
 
     Args:
+        teacher: the name of its rung.
         found: one teacher's part of look.json.
     """
     shown = _frequent(found["pairs"])
-    figure = new_figure(WIDTH, 2.0 + 0.27 * len(shown), f"{stage} and its teacher, on validation")
+    title = f"{stage} and its teacher {teacher}, on validation"
+    figure = new_figure(WIDTH, 2.0 + 0.27 * len(shown), title)
     if not shown:
         _shares(figure.subplots(), found)
     else:

@@ -28,13 +28,13 @@ class Rung:
     Attributes:
         anchor: where links to it lead.
         figures: drawn, each with what is said of it.
-        examples: images that student and teacher take for different things.
+        examples: by teacher, images that it and the student take for different things.
     """
 
     anchor: str
     title: str
     figures: list[Mapping[str, str]] = field(default_factory=list)
-    examples: list[Mapping[str, str]] = field(default_factory=list)
+    examples: dict[str, list[Mapping[str, str]]] = field(default_factory=dict)
 
 
 def ladder_page(
@@ -109,9 +109,12 @@ def _rung(store: Store, run: Run, stage: Mapping[str, Any], *, several: bool) ->
         return str(classes[label]) if label < len(classes) else str(label)
 
     for teacher in look.get("teachers", ()):
+        own: list[Mapping[str, str]] = []
         for example in teacher["examples"]:
             words = {side: named(example[side]) for side in ("target", "student", "teacher")}
-            rung.examples.append({"png": example["png"], **words})
+            own.append({"png": example["png"], **words})
+        if own:
+            rung.examples[run.named(teacher["key"])] = own
     return rung
 
 

@@ -124,8 +124,24 @@ def test_runs_stand_side_by_side(tiny, store):
     for seed in (0, 7):
         open_ladder(tiny(seed=seed), store, lambda event: None)
     page = page_of(store)
-    assert "<dt>seed</dt><dd><span>0</span><span>7</span></dd>" in page
-    assert "<dt>data</dt><dd><span>digits, batches of 128</span></dd>" in page
+    ids = "".join(f'<th scope="col">{run.run}</th>' for run in store.runs())
+    assert f"<tr><td></td>{ids}</tr>" in page
+    assert '<tr><th scope="row">seed</th><td>0</td><td>7</td></tr>' in page
+    assert '<tr><th scope="row">data</th><td colspan="2">digits, batches of 128</td></tr>' in page
+
+
+def test_examples_and_captions_say_what_they_are_of(run, tiny, store):
+    first, second, third = tiny().model_dump(mode="json", exclude_unset=True)["ladder"]
+    rungs = [first, second, {**third, "teacher": ["fp32", "w4a8"]}]
+    run(tiny(ladder=rungs, train={**TINY["train"], "epochs": 1}), store)
+    made = {each.name: each for each in drawn(store, store.runs())}
+    assert "bars" not in made["fp32-weights"].caption
+    assert "bars" in made["w1a2-weights"].caption
+    assert "images" not in made["w1a2-weights"].caption
+    page = page_of(store)
+    for teacher in ("fp32", "w4a8"):
+        assert f"student and its teacher {teacher} take for" in page
+        assert f"w1a2 and its teacher {teacher}, on validation</text>" in page
 
 
 def test_the_front_is_what_nothing_beats():
