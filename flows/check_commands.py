@@ -135,8 +135,12 @@ def verify_store(name: str | None, store: Store) -> None:
 
 def _files_match(run: Run | None, store: Store) -> bool:
     """Whether every file of a run, or of all, matches its checksum; says which do not."""
-    keys = [*run.trained, *run.packed] if run else store.keys()
-    keys += [key for key in run.looks if (store.stages / key).is_dir()] if run else []
+    keys = every = store.keys()
+    if run is not None:
+        looks = [key for key in run.looks if key in every]
+        # what cannot be read may be an export of this run: of which it is only it itself says
+        unknown = [key for key in every if store.read(key) is None]
+        keys = list(dict.fromkeys([*run.trained, *run.packed, *looks, *unknown]))
     if not keys and not store.root.is_dir():
         raise StoreError(f"there is no store {store.root}")
     bad = files = stages = 0
@@ -154,5 +158,5 @@ def _files_match(run: Run | None, store: Store) -> bool:
         print(f"{key}: {problem}")
     print(f"{stages} stages, {files} files match their checksums; {bad} damaged")
     if bad:
-        print("damaged stages are never used; redo them with: bitladder run or bitladder resume")
+        print("damaged stages are never used; redo them with bitladder run, resume, export, bench")
     return bad == 0

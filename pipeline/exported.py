@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..quant.export.integer import integer_reference
 from .derived import too_many_flips
 from .errors import ConfigError
 from .files import write_atomic
 from .packed_file import PackedModel
-from .runtimes import Opened, needed, open_onnx, open_openvino
+from .runtimes import Opened, in_pytorch, needed, open_onnx, open_openvino
 
 if TYPE_CHECKING:
     from ..quant.export.onnx_qdq import OnnxGraph
+
+Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,38 @@ def _graph(packed: PackedModel, *, in_int16: bool = False, narrow: bool = False)
         raise ConfigError([str(error)]) from None
 
 
+def compare(
+    form: str, path: Path, packed: PackedModel, batches: Batches, *, narrow: bool, on_bits: bool
+) -> tuple[dict[str, Agreement], str | None]:
+    """Runs a file in every runtime that reads it, beside the network that it was made from.
+
+    Args:
+        batches: begins to give images and targets, the same ones each time.
+        narrow: see `onnx_qcdq`; OpenVINO reads no such file.
+        on_bits: whether binary layers run on bits. Then the file is compared with the integer
+            reference as well. That is done with the whole network: an output behind each layer
+            would keep OpenVINO from fusing layers, which it has done wrongly.
+
+    Returns:
+        By runtime, the one that the format is for first; and why the file is not to be used,
+        None where it does what the packed network does.
+    """
+    opened = {"onnxruntime": open_onnx} if form == "onnx" else {}
+    opened |= {} if narrow else {"openvino": open_openvino}
+    references = {"the packed network": packed.model}
+    if on_bits:
+        references["the integer reference"] = integer_reference(packed.model, packed.weights)
+    found, problem = {}, None
+    for runtime, open_file in opened.items():
+        own = open_file(path, threads=torch.get_num_threads())
+        for reference, network in references.items():
+            one = agreement(own, in_pytorch(network), batches())
+            found.setdefault(runtime, one)
+            file = f"the {form} file in {runtime}"
+            problem = problem or too_many_flips(file, one.flips, one.images, reference)
+    return found, problem
+
+
 def agreement(
     own: Opened, reference: Opened, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> Agreement:
@@ -102,11 +137,6 @@ def agreement(
         right += int((logits.argmax(1) == targets).sum())
         images += len(x)
     return Agreement(images, flips, largest, right / images)
-
-
-def refuses(found: Agreement, runtime: str) -> str | None:
-    """Why a file is not to be used; None where it does what the packed network does."""
-    return too_many_flips(runtime, found.flips, found.images, "the packed network")
 
 
 def open_export(form: str, path: Path) -> Opened:

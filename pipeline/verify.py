@@ -13,14 +13,13 @@ from .data import DataBundle
 from .derived import MOST_FLIPS, pack_spec
 from .errors import BitladderError
 from .evaluate import evaluate
-from .exported import agreement, open_export, refuses
+from .exported import compare
 from .fit import EVALUATION_BATCH
 from .network import load_network
 from .packed_file import read_packed, tensors_of
 from .record import PACKED, StageRecord
 from .run import Run
 from .runner import data_of
-from .runtimes import in_pytorch
 from .store import Store
 
 
@@ -91,11 +90,16 @@ def _export(
     main = next(file for file in export.files if not file.endswith(".bin"))
     if problem := store.problem(export.key):
         return Finding(name, what, problem)
-    trust = {packed.network["name"]}
-    reference = in_pytorch(read_packed(store.stages / packed.key / PACKED, trust=trust).model)
-    batches = data.test.evaluation_batches(EVALUATION_BATCH, device="cpu")
+    options = export.spec.options
     try:
-        own = open_export(form, store.stages / export.key / main)
+        _, problem = compare(
+            form,
+            store.stages / export.key / main,
+            read_packed(store.stages / packed.key / PACKED, trust={packed.network["name"]}),
+            lambda: data.test.evaluation_batches(EVALUATION_BATCH, device="cpu"),
+            narrow=options["narrow"],
+            on_bits=options["batch"] is not None,
+        )
     except BitladderError as error:
-        return Finding(name, what, str(error))
-    return Finding(name, what, refuses(agreement(own, reference, batches), form))
+        problem = str(error)
+    return Finding(name, what, problem)

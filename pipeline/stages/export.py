@@ -7,17 +7,19 @@ from typing import Any
 
 from ..derived import SUFFIXES
 from ..errors import StageError
-from ..exported import agreement, open_export, refuses, write_onnx, write_openvino
+from ..exported import compare, write_onnx, write_openvino
 from ..fit import EVALUATION_BATCH
 from ..packed_file import read_packed
 from ..record import PACKED
-from ..runtimes import in_pytorch
 from .base import STAGES, StageContext, StageOutput
 
 
 @STAGES.register("export")
 def export(context: StageContext) -> StageOutput:
     """Writes the file, classifies the test set with it, and compares with the packed network.
+
+    Accuracy and flips are those of the runtime that the format is for; under `runtimes` are those
+    of every one that reads it.
 
     Raises:
         StageError: it classifies more images otherwise than it may.
@@ -34,13 +36,21 @@ def export(context: StageContext) -> StageOutput:
         raise StageError(
             context.around.name, "no layer is binary, so nothing needs a batch size", "leave it out"
         )
-    batches = context.data.test.evaluation_batches(EVALUATION_BATCH, device="cpu")
-    found = agreement(open_export(form, path), in_pytorch(packed.model), batches)
-    if problem := refuses(found, form):
+    found, problem = compare(
+        form,
+        path,
+        packed,
+        lambda: context.data.test.evaluation_batches(EVALUATION_BATCH, device="cpu"),
+        narrow=options["narrow"],
+        on_bits=batch is not None,
+    )
+    if problem:
         raise StageError(context.around.name, problem)
+    runtimes = {runtime: asdict(one) for runtime, one in found.items()}
     metrics: dict[str, Any] = {
         "format": form,
-        **{f"export_{key}": value for key, value in asdict(found).items()},
+        **{f"export_{key}": value for key, value in next(iter(runtimes.values())).items()},
+        "runtimes": runtimes,
         "export_bytes": sum(path.with_name(name).stat().st_size for name in written),
     }
     return StageOutput(written, record.network, metrics)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 from bitladder.flows import commands, ship_commands
-from bitladder.pipeline import derived, runtimes
+from bitladder.pipeline import derived, runtimes, verify
 from bitladder.pipeline.config_load import parse_config
+from bitladder.pipeline.errors import ConfigError
 from bitladder.pipeline.runner import open_ladder, run_ladder
 from bitladder.pipeline.store import Store
 from PIL import Image
@@ -152,6 +153,28 @@ def test_verify_finds_a_packed_file_of_another_network(bitladder, store):
     code, out, _ = bitladder("verify", "tiny")
     assert code == 1
     assert "does not match its checksum" in out
+
+
+def test_verify_finds_an_export_that_no_longer_says_what_it_is(bitladder, store):
+    bitladder("export", "tiny", "--stage", "w4a4", "-f", "onnx")
+    export = store.of_kind("export")[0].key
+    manifest = store.stages / export / "stage.json"
+    manifest.write_text(manifest.read_text()[:100])
+    code, out, _ = bitladder("verify", "tiny")
+    assert code == 1
+    assert f"{export}: {manifest} is not JSON" in out
+
+
+def test_verify_goes_on_where_a_packed_file_cannot_be_read(bitladder, store, monkeypatch):
+    bitladder("export", "tiny", "--stage", "w4a4", "-f", "onnx")
+
+    def refuse(file, **_):
+        raise ConfigError([f"{file}: refused"])
+
+    monkeypatch.setattr(verify, "read_packed", refuse)
+    code, out, _ = bitladder("verify", "tiny")
+    assert code == 1
+    assert out.count(": refused") == 3  # two packed files, one export
 
 
 def test_predict_prints_a_line_an_image(bitladder, store):

@@ -26,14 +26,18 @@ def packed_key(run, name):
     return pack_spec(next(s["key"] for s in run.stages if s["name"] == name)).key
 
 
-@pytest.mark.parametrize("form", ["onnx", "openvino"])
-def test_an_export_is_a_stage_with_its_own_accuracy(shipped, form):
+@pytest.mark.parametrize(
+    ("form", "runtimes"), [("onnx", ["onnxruntime", "openvino"]), ("openvino", ["openvino"])]
+)
+def test_an_export_is_a_stage_with_its_own_accuracy(shipped, form, runtimes):
     store, run = shipped
     spec = export_spec(packed_key(run, "w4a8"), form)
     record = derive(run, "w4a8", spec, store)
     assert record.metrics["export_flips"] == 0
     assert record.metrics["export_images"] == 360
     assert record.metrics["export_error"] < 0.2  # a code that flips; without, 1e-6
+    assert list(record.metrics["runtimes"]) == runtimes
+    assert all(found["flips"] == 0 for found in record.metrics["runtimes"].values())
     assert store.find(spec.key) == record
     assert derive(run, "w4a8", spec, store) == record  # found, not made again
 
@@ -47,16 +51,36 @@ def test_rungs_of_an_automatic_ladder_are_exported_too(tiny, run, store):
     assert record.metrics["export_flips"] == 0
 
 
-def test_a_file_that_classifies_otherwise_gets_no_name(shipped, monkeypatch):
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_file_that_classifies_otherwise_gets_no_name(shipped, monkeypatch, runtime):
     store, run = shipped
     always_the_first = -torch.arange(10.0)
     answer = Opened(lambda x: always_the_first.expand(len(x), 10))
-    monkeypatch.setattr(exported, "open_onnx", lambda path, threads: answer)
+    opens = {"onnxruntime": "open_onnx", "openvino": "open_openvino"}
+    monkeypatch.setattr(exported, opens[runtime], lambda path, threads: answer)
     spec = export_spec(packed_key(run, "w4a8"), "onnx")
-    with pytest.raises(StageError, match="otherwise than the packed network"):
+    with pytest.raises(StageError, match=f"{runtime} .* otherwise than the packed network"):
         derive(run, "w4a8", spec, store)
     assert store.find(spec.key) is None
     assert store.state(spec.key)[0] == "failed"
+
+
+def test_layers_on_bits_are_compared_with_whole_numbers_too(tiny, run, store, monkeypatch):
+    inner = {"activation_bits": 1, "quantizer": {"name": "uniq"}}
+    rungs = [{"weight_bits": 32, "activation_bits": 32}, {"weight_bits": 1, **inner}]
+    run(tiny(ladder=rungs, train={"epochs": 1, "calibration_batches": 2}), store)
+    name = store.run().stages[-1]["name"]
+    packed = packed_key(store.run(), name)
+    made = derive(store.run(), name, export_spec(packed, "openvino", batch=8), store)
+    assert made.metrics["export_flips"] == 0
+    always_the_first = -torch.arange(10.0)
+    monkeypatch.setattr(
+        exported,
+        "integer_reference",
+        lambda model, weights: lambda x: always_the_first.expand(len(x), 10),
+    )
+    with pytest.raises(StageError, match="otherwise than the integer reference"):
+        derive(store.run(), name, export_spec(packed, "openvino", batch=4), store)
 
 
 def test_without_the_extra_it_is_said_what_to_install(shipped, monkeypatch):
