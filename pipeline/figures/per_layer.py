@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .style import BLUE, HALVES, VERMILLION, WIDTH, layer_rows, new_figure, styled
+from .style import BLUE, HALVES, VERMILLION, WIDTH, layer_rows, new_figure, row_lines, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,11 +65,12 @@ def quantization_error(stage: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
 def _dots(title: str, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, str]) -> Figure:
     shown = known(rows, facts)
     figure = new_figure(WIDTH, 1.35 + 0.2 * len(rows), title)
-    panels = figure.subplots(1, len(shown), squeeze=False, sharey=True).flatten()
+    panels = figure.subplots(1, len(shown), squeeze=False).flatten()
     for panel, fact in zip(panels, shown, strict=True):
         _panel(panel, rows, fact)
         panel.set_xlabel(facts[fact])
-    layer_rows(panels[0], [row["layer"] for row in rows])
+        layer_rows(panel, [row["layer"] for row in rows], named=panel is panels[0])
+        row_lines(panel, len(rows))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
@@ -88,4 +89,4 @@ def _panel(panel: Axes, rows: Sequence[Mapping[str, Any]], fact: str) -> None:
     if fact == "levels":
         panel.set_xlim(0, 105)
     panel.locator_params(axis="x", nbins=4)
-    panel.grid(axis="both")
+    panel.grid(axis="x")

@@ -71,7 +71,6 @@ def _panel(panel: Axes, bits: int, group: Sequence[tuple[str, View]]) -> None:
             _after(panel, view, floor)
             _staircase(panel, view, floor)
     layer_rows(panel, [name for name, _ in group])
-    panel.grid(visible=False)
     panel.set_xlim(low, high)
     levels = sorted({round(level, 3) for _, view in group for level in view["levels"] or ()})
     if 0 < len(levels) <= FEW:
@@ -100,6 +99,8 @@ def _limits(views: Sequence[View]) -> tuple[float, float]:
 
 
 def _before(panel: Axes, view: View, floor: float) -> None:
+    from matplotlib.patches import Polygon
+
     counts = view["before"]
     low, high = view["span"]
     width = (high - low) / len(counts)
@@ -107,7 +108,8 @@ def _before(panel: Axes, view: View, floor: float) -> None:
     top = max(counts) or 1  # of areas: zeros of a ReLU would leave nothing of the rest in sight
     xs = [x for pair in pairwise(edges) for x in pair]
     ys = [floor - HEIGHT * sqrt(count / top) for count in counts for _ in (0, 1)]
-    panel.fill_between(xs, ys, floor, color=SKY, alpha=0.55, linewidth=0, zorder=1)
+    outline = _corners([(low, floor), *zip(xs, ys, strict=True), (high, floor)])
+    panel.add_artist(Polygon(outline, color=SKY, alpha=0.55, linewidth=0, zorder=1))
 
 
 def _after(panel: Axes, view: View, floor: float) -> None:

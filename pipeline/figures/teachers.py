@@ -16,7 +16,7 @@ CLASSES = 12  # at most, those that take part in most disagreements
 SHARES = {
     "both": ("both right", GREEN, ""),
     "student": ("student alone right", SKY, "//"),
-    "teacher": ("teacher alone right", ORANGE, ".."),
+    "teacher": ("teacher alone right", ORANGE, "||"),  # dots would be 50 kB
     "neither": ("neither", PURPLE, "xx"),
 }
 

@@ -34,7 +34,8 @@ def render_page(template: str, values: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(**values, text_columns=TEXT)
+    page = environment.get_template(template).render(**values, text_columns=TEXT)
+    return _with_classes(page)
 
 
 def embedded(figure: Figure, caption: str) -> str:
@@ -61,5 +62,26 @@ def inlined(svg: str, caption: str) -> str:
         svg = svg.replace(colour.lower(), own)
     svg = re.sub(r'(<svg [^>]*?)width="([\d.]+)pt" height="[\d.]+pt"', r"\1", svg, count=1)
     svg = rounded(svg, 1)  # points, on a screen
+    svg = re.sub(r'\sd="[^"]*"', _shorter, svg)
+    svg = re.sub(r' transform="rotate\(-?0 [^"]*"', "", svg)
     svg = re.sub(r">\s+<", "><", svg)
     return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"', 1))
+
+
+def _shorter(path: re.Match[str]) -> str:
+    """A path without what SVG lets one leave out: line breaks, the L of a further line, `.0`."""
+    text = re.sub(r"\.0(?=\s)", "", path[0])
+    text = re.sub(r"\s+", " ", text)
+    return text if "C" in text or "Q" in text else text.replace(" L ", " ")
+
+
+def _with_classes(page: str) -> str:
+    """A page whose drawings name their styles once, at its head: a fifth of its size."""
+    names: dict[str, str] = {}
+
+    def named(style: re.Match[str]) -> str:
+        return f'class="{names.setdefault(style[1], f"s{len(names)}")}"'
+
+    page = re.sub(r'(?<=\s)style="([^"]*)"', named, page)
+    rules = "".join(f".{name}{{{style}}}" for style, name in names.items())
+    return page.replace("</head>", f"<style>{rules}</style>\n</head>", 1)

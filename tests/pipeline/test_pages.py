@@ -76,8 +76,10 @@ def test_the_page_draws_every_figure_in_its_own_colours(finished, page):
     drawings = Addresses(page).drawings
     assert len(drawings) == 11
     assert all(drawings)
-    assert "#1c1c1c" not in page.partition("<svg")[2]  # ink that a dark page would not show
-    assert page.count("currentColor") > 100
+    own, drawn_with = page.partition("</style>")[::2]
+    assert "--ink: #1c1c1c" in own
+    assert "#1c1c1c" not in drawn_with  # ink that a dark page would not show
+    assert "fill: currentColor" in drawn_with
     assert len(page) < 3e6
 
 
