@@ -15,20 +15,11 @@ from ..quant.registry import unknown
 from .auto_ladder import label as rung_label
 from .auto_ladder import possible_rungs
 from .auto_plan import said_of_rungs, teachers_that_may_be_missing
-from .config import (
-    AutoConfig,
-    AveragingConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    ScheduleConfig,
-    StageConfig,
-)
+from .config import AutoConfig, RunConfig, StageConfig
 from .config_check import check_parts
-from .config_distill import DistillConfig
 from .epoch_shares import share_epochs
 from .errors import ConfigError
+from .overlay import overlay
 from .precision import settle_precision
 from .yaml_reader import apply_overrides, path_text, read_yaml_file
 
@@ -43,22 +34,6 @@ RUNG_KEYS = (
 _IN_RUNG = re.compile(r"ladder\.(\d+)\.((\w+)[.:].*)", re.DOTALL)
 AUTO_RUNG_KEYS = ("epochs", "teacher")  # the others the ladder itself decides
 MAX_STAGES = 64
-# what optimizers, schedules, distillation losses and feature losses have in common
-_SHARED = (
-    *("lr", "weight_decay", "warmup_epochs", "final", "teacher", "drop", "weight", "features"),
-    *("layers", "teacher_layers", "teacher_precision", "fold_batch_norm", "cache_teacher"),
-    "batch_size",
-)
-# the part that a section has where it names none
-_NAMES = {
-    "optimizer": OptimizerConfig.model_fields["name"].default,
-    "schedule": ScheduleConfig.model_fields["name"].default,
-    "averaging": AveragingConfig.model_fields["name"].default,
-    "data": DataConfig.model_fields["name"].default,
-    "model": ModelConfig.model_fields["name"].default,
-    "distill": DistillConfig.model_fields["loss"].default,
-    **dict.fromkeys(("weight", "activation"), "auto"),
-}
 # for a required value that is missing or wrong, so that the rest is checked all the same
 STAND_INS: dict[type[BaseModel], dict[str, Any]] = {
     StageConfig: {"weight_bits": 32, "activation_bits": 32},
@@ -296,21 +271,6 @@ def _put(section: Any, key: str, value: Any) -> Any:
     if section is None:
         return {key: value}
     return {**section, key: value} if isinstance(section, dict) else section
-
-
-def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """One mapping over another, key by key; a part with another name takes no old options."""
-    merged = dict(base)
-    for key, value in top.items():
-        old = merged.get(key)
-        if not (isinstance(old, dict) and isinstance(value, dict)):
-            merged[key] = value
-        elif any(k in value and value[k] != old.get(k, _NAMES.get(key)) for k in ("name", "loss")):
-            # another part: of the old one's settings only those that every such part has
-            merged[key] = {k: v for k, v in old.items() if k in _SHARED} | value
-        else:
-            merged[key] = overlay(old, value)
-    return merged
 
 
 def _as_written(error: str, own: Mapping[str, Any], where: tuple[Any, ...]) -> str:

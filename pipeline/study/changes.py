@@ -7,8 +7,9 @@ from typing import Any
 
 from ...quant.registry import unknown
 from ..config import RunConfig
-from ..config_load import merge_rung, overlay, parse_config, short_forms
+from ..config_load import merge_rung, parse_config, short_forms
 from ..errors import ConfigError
+from ..overlay import overlay
 from .config import Changes
 
 Raw = dict[str, Any]
