@@ -65,6 +65,29 @@ def test_a_file_that_classifies_otherwise_gets_no_name(shipped, monkeypatch, run
     assert store.state(spec.key)[0] == "failed"
 
 
+@pytest.mark.parametrize(("flips", "refused"), [(1, False), (2, True)])
+def test_of_few_images_one_may_be_classified_otherwise(
+    shipped, tmp_path, monkeypatch, flips, refused
+):
+    store, run = shipped
+    packed = read_packed(store.stages / packed_key(run, "w4a8") / PACKED)
+
+    def differs(path, threads):
+        def logits(x):
+            found = packed.model(x).detach()
+            found[:flips] = found[:flips].neg()
+            return found
+
+        return Opened(logits)
+
+    monkeypatch.setattr(exported, "open_openvino", differs)
+    batch = torch.randn(20, 1, 8, 8), torch.zeros(20, dtype=torch.long)
+    how = {"narrow": False, "on_bits": False}
+    found, problem = exported.compare("openvino", tmp_path, packed, lambda: [batch], **how)
+    assert found["openvino"].flips == flips
+    assert (problem is not None) == refused
+
+
 def test_layers_on_bits_are_compared_with_whole_numbers_too(tiny, run, store, monkeypatch):
     inner = {"activation_bits": 1, "quantizer": {"name": "uniq"}}
     rungs = [{"weight_bits": 32, "activation_bits": 32}, {"weight_bits": 1, **inner}]
