@@ -84,6 +84,8 @@ def _made(record: StageRecord) -> dict[str, Any]:
     """Where the network comes from, for the file."""
     stage = record.spec.options["stage"]
     teachers = [key for role, key in record.spec.parents.items() if role.startswith("teacher")]
+    if chosen := record.metrics.get("teacher_chosen"):  # among the candidates
+        teachers = [chosen]
     versions = {k: v for k, v in record.environment.items() if k in ("bitladder", "torch")}
     return {
         "stage": record.key,

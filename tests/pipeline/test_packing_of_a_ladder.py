@@ -90,6 +90,15 @@ def test_a_packing_that_is_gone_is_done_again_without_training(shipped, tiny, tm
     assert files[1].read_bytes() == before  # the same bytes, too
 
 
+def test_a_packed_file_names_the_teacher_that_was_chosen(tiny, store):
+    rungs = [*TINY["ladder"][:2], {"weight_bits": 2, "activation_bits": 8, "teacher": "best"}]
+    train = {"epochs": 1, "calibration_batches": 2}
+    last = run_ladder(open_ladder(tiny(ladder=rungs, train=train), store))[-1]
+    made = read_packed(packed_path(store, last)).description.made
+    assert made["teachers"] == [last.metrics["teacher_chosen"]]
+    assert made["distillation"] is not None
+
+
 def test_a_packed_file_holds_no_latent_weights(shipped):
     _, _, files = shipped
     with safe_open(files[1], framework="pt") as file:
