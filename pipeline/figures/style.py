@@ -82,7 +82,8 @@ def save(figure: Figure, form: str) -> bytes:
     with mpl.rc_context({**STYLE, "svg.hashsalt": salt}):
         if (engine := figure.get_layout_engine()) is not None:
             for panel in figure.axes:  # what lies within the axes takes no room outside them
-                for artist in (*panel.lines, *panel.collections, *panel.patches):
+                drawn = (*panel.lines, *panel.collections, *panel.patches)
+                for artist in (*drawn, *panel.spines.values()):
                     artist.set_in_layout(False)
             engine.execute(figure)  # once: left in place it is run at every drawing
             figure.set_layout_engine("none")

@@ -12,6 +12,7 @@ from bitladder.pipeline.figures import drawn, figures
 from bitladder.pipeline.figures.pareto import Point, front
 from bitladder.pipeline.figures.style import save
 from bitladder.pipeline.look import make_missing_looks
+from bitladder.pipeline.page.render import inlined
 from bitladder.pipeline.report import render, reports, write_figures
 from bitladder.pipeline.runner import open_ladder, run_ladder
 from bitladder.pipeline.store import Store
@@ -81,6 +82,27 @@ def test_the_page_draws_every_figure_in_its_own_colours(finished, page):
     assert "#1c1c1c" not in drawn_with  # ink that a dark page would not show
     assert "fill: currentColor" in drawn_with
     assert len(page) < 3e6
+
+
+def test_drawings_name_their_styles_once(page):
+    rules, drawings = page.partition("</head>")[::2]
+    used = set(re.findall(r'class="(s\d+)"', drawings))
+    assert "style=" not in drawings.partition("<svg")[2]
+    assert used == set(re.findall(r"\.(s\d+){[^}]+}", rules))
+    assert len(used) < 200
+
+
+def test_a_path_is_drawn_the_same_in_fewer_letters():
+    svg = '<svg><path d="M 1.04 2.0 \nL 3.55 4.0 \nL 5 6 \nM 7 8 \nL 9.0 1 \nz\n"/></svg>'
+    assert ' d="M 1 2 3.5 4 5 6 M 7 8 9 1 z "' in inlined(svg, "")
+    curved = '<svg><path d="M 1 2 \nC 3 4 5 6 7 8 \nL 9 1 \n"/></svg>'
+    assert ' d="M 1 2 C 3 4 5 6 7 8 L 9 1 "' in inlined(curved, "")
+
+
+def test_the_first_column_of_a_table_stays_in_sight(page):
+    (rule,) = re.findall(r"\.scroll td:first-child {([^}]*)}", page)
+    assert "position: sticky; left: 0; background:" in rule
+    assert page.count("<table>") == page.count('<div class="scroll"><table>') > 0
 
 
 def test_each_rung_has_its_figures_and_each_a_file(finished, tmp_path):
