@@ -28,8 +28,8 @@ _BAR = "lost"  # the drop as a bar
 # what a terminal too narrow does without, of a report and of the list, the first one first
 _DISPENSABLE = (
     _BAR,
-    *("Gbitops", "epochs", "ratio", "seconds", "val %", "levels", "size kB", "packed %"),
-    *("teacher", "model"),
+    *("Gbitops", "epochs", "ideal kB", "ratio", "seconds", "val %", "levels"),
+    *("size kB", "packed %", "teacher", "model"),
 )
 _LESS_OF_RUNS = ("created", "seed", "model", "data")
 

@@ -297,6 +297,7 @@ def people(frame: pd.DataFrame) -> pd.DataFrame:
         "levels": [_levels(r) for r in rows],
         "packed %": text("deployed_top1", ".2f", 100),
         "size kB": text("packed_bytes", ".1f", 1e-3),
+        "ideal kB": text("ideal_bytes", ".1f", 1e-3),
         "ratio": text("compression", ".1f"),
         "Gbitops": text("bitops", ".3f", 1e-9),
         "seconds": text("seconds", ".1f"),

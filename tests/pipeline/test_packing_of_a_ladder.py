@@ -14,7 +14,7 @@ from bitladder.pipeline.network import load_network
 from bitladder.pipeline.packed_description import PackedImages
 from bitladder.pipeline.packed_file import read_packed, write_packed
 from bitladder.pipeline.record import PACKED
-from bitladder.pipeline.report import accuracy_report
+from bitladder.pipeline.report import accuracy_report, people
 from bitladder.pipeline.runner import open_ladder, run_ladder
 from bitladder.pipeline.store import Store
 from hypothesis import HealthCheck, given, settings
@@ -66,6 +66,14 @@ def test_the_table_has_size_and_accuracy_of_the_files(shipped):
     assert list(table["flips"]) == [0, 0, 0]
     assert list(table["deployed_top1"]) == list(table["test_top1"])
     assert table["compression"].is_monotonic_increasing
+
+
+def test_people_see_the_size_beside_what_the_widths_alone_would_take(shipped):
+    frame = accuracy_report(shipped[0])
+    shown = people(frame)
+    place = list(shown.columns).index("size kB")
+    assert list(shown.columns)[place : place + 3] == ["size kB", "ideal kB", "ratio"]
+    assert list(shown["ideal kB"]) == [f"{size / 1e3:.1f}" for size in frame["ideal_bytes"]]
 
 
 def test_what_each_layer_costs_adds_up_to_the_table(shipped):
