@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from ..pipeline.derived import SUFFIXES, bench_spec, export_spec, format_of
 from ..pipeline.errors import ConfigError, StoreError
@@ -40,8 +41,11 @@ def export_run(
         raise ConfigError([f"--narrow is for --format onnx, not {form}"])
     run = store.run(name)
     packed = _packed(run, stage, store)
-    wanted = _targets(out, packed, form) if out is not None else {}
-    there = [path for files in wanted.values() for path in files.values() if path.exists()]
+    try:
+        wanted = _targets(out, packed, form) if out is not None else {}
+        there = [path for files in wanted.values() for path in files.values() if path.exists()]
+    except OSError as error:  # such as a name that is too long
+        raise ConfigError([f"--out {out}: {error.strerror or error}"]) from None
     if there and not force:
         raise ConfigError([f"{p} exists already; give another --out, or --force" for p in there])
     rows = []
@@ -61,7 +65,7 @@ def export_run(
     for rung, made, target in rows:
         size = made.metrics.get("export_bytes", made.metrics.get("packed_bytes"))
         top1 = made.metrics.get("export_top1", made.metrics.get("deployed_top1"))
-        table.add_row(rung, f"{size / 1e3:.1f}", f"{100 * top1:.2f}", str(target))
+        table.add_row(rung, f"{size / 1e3:.1f}", f"{100 * top1:.2f}", escape(str(target)))
     print_table(table)
 
 
@@ -127,9 +131,8 @@ def predict_images(file: Path, images: Sequence[Path], top: int, trust: Collecti
 
     table = table_of(("image", *(f"class {n}" for n in range(1, top + 1))))
     for found in predict(file, images, top=top, trust=trust):
-        table.add_row(
-            str(found.image), *(f"{name} {100 * share:.1f} %" for name, share in found.classes)
-        )
+        classes = (f"{name} {100 * share:.1f} %" for name, share in found.classes)
+        table.add_row(*map(escape, (str(found.image), *classes)))  # a name may look like markup
     print_table(table)
 
 
@@ -181,7 +184,7 @@ def bench_networks(
                 )
             for name, timings in found:
                 for speed in timings["speeds"]:
-                    table.add_row(name, *speed_row(speed).values())
+                    table.add_row(escape(name), *speed_row(speed).values())
                 notes += [f"{name}: no {r}: {why}" for r, why in timings["left_out"].items()]
     print_table(table)
     print("\n".join([*notes, f"{machine}, {threads} threads, {versions}"]))
@@ -216,7 +219,7 @@ def _bench_file(
     packed = read_packed(file, trust=trust)
 
     def tell(done: int, all_: int) -> None:
-        say(f"{file.name}: round {done} of {all_}")
+        say(f"{escape(file.name)}: round {done} of {all_}")
 
     yield file.name, asdict(bench(packed, batches=batches, after_round=tell))
 

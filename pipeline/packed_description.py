@@ -14,7 +14,8 @@ Width = Annotated[int, Field(ge=1, le=16)]  # quantizers compute 2**bits before 
 Count = Annotated[int, Field(ge=1)]
 # images are scaled to it before the network sees them: one of that size is 50 MB, of 10**9 no
 # machine holds one
-Side = Annotated[int, Field(ge=1, le=4096)]
+LARGEST_SIDE = 4096
+Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 
 
 class PackedNetwork(Section):

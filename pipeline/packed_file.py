@@ -7,8 +7,10 @@ that is not one of ours or of torchvision is built only where its import path is
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +163,8 @@ def _placed(target: Target, record: Mapping[str, Any] | None) -> PackedQuantizer
 
 def _read(path: Path) -> tuple[Any, Any, dict[str, Tensor]]:
     """Description, checksum and tensors as they stand in a file."""
+    if path.is_dir():  # of which safetensors says "No such device"
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if _ENTRY not in metadata:

@@ -16,7 +16,7 @@ from .data.decode import read_all
 from .data.listing import EXTENSIONS
 from .derived import format_of
 from .errors import ConfigError
-from .packed_description import PackedImages
+from .packed_description import LARGEST_SIDE, PackedImages
 from .packed_file import read_packed
 from .runtimes import Opened, in_pytorch, needed, open_onnx
 
@@ -55,7 +55,11 @@ def predict(
     mean, std = torch.tensor(facts.mean), torch.tensor(facts.std)
     for first in range(0, len(files), BATCH):
         x = normalise(pixels[first : first + BATCH], mean, std)
-        shares, places = run(x).softmax(1).topk(count, dim=1)
+        logits = run(x)
+        if logits.shape[1] != len(facts.classes):
+            message = f"it names {len(facts.classes)} classes and has {logits.shape[1]} logits"
+            raise ConfigError([f"{file}: {message}; export it again"])
+        shares, places = logits.softmax(1).topk(count, dim=1)
         for image, row, chosen in zip(
             files[first : first + BATCH], shares.tolist(), places.tolist(), strict=True
         ):
@@ -86,7 +90,10 @@ def _onnx_facts(file: Path) -> tuple[PackedImages, int, int]:
         properties = {entry.key: entry.value for entry in model.metadata_props}
         facts = PackedImages.model_validate(json.loads(properties["images"]))
         shape = model.graph.input[0].type.tensor_type.shape.dim
-        return facts, shape[1].dim_value, shape[2].dim_value
+        channels, side = shape[1].dim_value, shape[2].dim_value
+        if not len(facts.mean) == len(facts.std) == channels or not 1 <= side <= LARGEST_SIDE:
+            raise ValueError("its input is not made of the images that it describes")
+        return facts, channels, side
     except OSError as error:
         raise ConfigError([f"{file}: {error.strerror or error}"]) from None
     except (KeyError, ValueError, IndexError, ValidationError):

@@ -1,17 +1,21 @@
 """`bitladder export`, `predict`, `bench`, `verify RUN` and `evaluate FILE`, as they are typed."""
 
 import errno
+import json
 import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
 
+import onnx
 import pytest
 import yaml
 from bitladder.flows import commands, ship_commands
 from bitladder.pipeline import derived, runtimes, verify
+from bitladder.pipeline import predict as predicting
 from bitladder.pipeline.config_load import parse_config
 from bitladder.pipeline.errors import ConfigError
+from bitladder.pipeline.predict import Prediction
 from bitladder.pipeline.runner import open_ladder, run_ladder
 from bitladder.pipeline.store import Store
 from PIL import Image
@@ -188,6 +192,38 @@ def test_predict_prints_a_line_an_image(bitladder, store):
     code, _, err = bitladder("predict", packed, "none.png")
     assert code == 2
     assert "none.png: no such file" in err
+
+
+def test_predict_prints_names_that_look_like_markup(bitladder, store, monkeypatch):
+    Image.new("L", (8, 8), 100).save("c[red]x.png")
+    found = [Prediction(Path("c[red]x.png"), (("[bold]cat", 0.75),))]
+    monkeypatch.setattr(predicting, "predict", lambda *_, **__: found)
+    _, out, _ = bitladder("predict", "file", "c[red]x.png")
+    assert out.splitlines()[1].split() == ["c[red]x.png", "[bold]cat", "75.0", "%"]
+
+
+def test_predict_refuses_a_folder_and_an_onnx_file_with_too_few_names(bitladder, store):
+    Image.new("L", (8, 8), 100).save("one.png")
+    code, _, err = bitladder("predict", "artifacts", "one.png")
+    assert (code, err) == (2, "error: artifacts: Is a directory\n")
+    bitladder("export", "tiny", "--stage", "w4a4", "-f", "onnx", "--out", "net.onnx")
+    model = onnx.load("net.onnx")
+    facts = {entry.key: entry for entry in model.metadata_props}["images"]
+    images = json.loads(facts.value)
+    for changed, says in (
+        ({"classes": ["a"]}, "names 1 classes and has 10 logits"),
+        ({"mean": [0.5, 0.5]}, "not an ONNX file of Bitladder"),
+    ):
+        facts.value = json.dumps(images | changed)
+        onnx.save(model, "net.onnx")
+        code, _, err = bitladder("predict", "net.onnx", "one.png")
+        assert code == 2
+        assert says in err
+
+
+def test_a_name_that_is_too_long_is_one_error(bitladder, store):
+    code, _, err = bitladder("export", "tiny", "--stage", "w4a4", "--out", "a" * 300)
+    assert (code, err) == (2, f"error: --out {'a' * 300}: File name too long\n")
 
 
 def test_bench_of_a_ladder_is_recorded_and_in_the_report(bitladder, store):
