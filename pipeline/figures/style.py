@@ -118,13 +118,14 @@ def layer_rows(panel: Axes, names: Sequence[str], *, named: bool = True) -> None
     Names are letters beside the axes: a tick would be five artists, each measured several times,
     which was a third of the time that a page of 20 layers took.
     """
-    from matplotlib.transforms import offset_copy
+    from matplotlib.transforms import ScaledTranslation
 
     panel.set_ylim(len(names) - 0.4, -0.6)
     panel.set_yticks([])
     if not named:
         return
-    beside = offset_copy(panel.get_yaxis_transform(), panel.figure, x=-3.5, units="points")
+    gap = ScaledTranslation(-3.5 / 72, 0, panel.figure.dpi_scale_trans)  # 3.5 points
+    beside = panel.get_yaxis_transform() + gap
     longest = max(names, key=len, default="")
     for place, name in enumerate(names):
         text = panel.text(0, place, name, transform=beside, fontsize=8)
