@@ -109,7 +109,8 @@ def whole_ladder(args: argparse.Namespace) -> dict[str, Any]:
         for (began, phase), end in zip(run.phases, ends, strict=True):
             phases[phase.partition(" of epoch")[0]] += end - began
         manifests = [json.loads(p.read_text()) for p in Path(folder).glob("stages/*/stage.json")]
-        last = max(manifests, key=lambda manifest: str(manifest["created"]))
+        trained = [manifest for manifest in manifests if "model.safetensors" in manifest["files"]]
+        last = max(trained, key=lambda manifest: str(manifest["created"]))
         digest = last["files"]["model.safetensors"]["sha256"]
     processor = processor_seconds() - before
     return {"seconds": seconds, "processor": processor, "phases": phases, "sha256": digest}

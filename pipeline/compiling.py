@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .teachers import Teachers
 # Rungs of one method share their compiled code, so a ladder needs few variants of one forward
 # pass; beyond the limit torch runs everything uncompiled and only a log line tells.
 VARIANTS = 64
+TRIALS_OF_GRAPHS = 3  # they are warmed up, recorded and replayed
 
 # What the estimate rests on: a guess for two cores with AVX-512; without it nothing is gained.
 FLOPS_PER_THREAD = 1e11  # a second, float32 convolutions
@@ -33,7 +35,8 @@ def compile_networks(learner: Learner, teachers: Teachers, x: Tensor) -> float:
     """Compiles the student and its teachers, tries them on a batch; the seconds that it took.
 
     Nothing but speed changes: the trial's gradients, batch statistics and random draws are
-    undone. Teachers whose inner layers are looked at stay as they are.
+    undone. Teachers whose inner layers are looked at stay as they are. On a GPU they run as CUDA
+    graphs: the many kernels of a small network take longer to launch than to run.
 
     Args:
         learner: in training mode.
@@ -46,22 +49,34 @@ def compile_networks(learner: Learner, teachers: Teachers, x: Tensor) -> float:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     allow_variants()
     began, student, networks = time.monotonic(), learner.student, teachers.networks
+    labels = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    make = partial(FullBatches, size=len(x), graphs=x.is_cuda)
     try:
         with learner.on_trial(x.device):
-            learner.fast = FullBatches(student, len(x))
-            with learner.autocast(x.device):
-                logits = learner.fast(x)
-            # as in training: the compiled code depends on how the gradient of the logits is stored
-            F.cross_entropy(logits.float(), logits.new_zeros(len(x), dtype=torch.int64)).backward()
+            learner.fast = make(student)
             if learner.objective.features is None and teachers.cache is None:
-                teachers.networks = [FullBatches(teacher, len(x)) for teacher in networks]
-                teachers(x, 0)
+                teachers.networks = [make(teacher) for teacher in networks]
+            for _ in range(TRIALS_OF_GRAPHS if x.is_cuda else 1):
+                begin_step(learner, x)
+                if teachers.networks is not networks:
+                    teachers(x, 0)
+                with learner.autocast(x.device):
+                    logits = learner.fast(x)
+                # as in training: the compiled code depends on how the logits' gradient is stored
+                F.cross_entropy(logits.float(), labels).backward()
+                learner.zero_grad(set_to_none=True)
     except Exception as error:  # of many kinds, down to a missing compiler or Python header
         learner.fast, teachers.networks = None, networks
         cause = getattr(error, "inner_exception", error)
         reason = next((line for line in str(cause).splitlines() if line), type(cause).__name__)
         raise RuntimeError(f"torch.compile does not work here: {reason}") from error
     return time.monotonic() - began
+
+
+def begin_step(learner: Learner, x: Tensor) -> None:
+    """Lets CUDA graphs use the memory of the step before again; nothing on a CPU."""
+    if learner.fast is not None and x.is_cuda:
+        torch.compiler.cudagraph_mark_step_begin()
 
 
 def allow_variants() -> None:

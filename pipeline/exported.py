@@ -112,7 +112,8 @@ def compare(
     references = {"the packed network": packed.model}
     if on_bits:
         references["the integer reference"] = integer_reference(packed.model, packed.weights)
-    found, problem = {}, None
+    found: dict[str, Agreement] = {}
+    problem = None
     for runtime, open_file in opened.items():
         own = open_file(path, threads=torch.get_num_threads())
         for reference, network in references.items():

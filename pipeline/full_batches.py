@@ -17,12 +17,17 @@ class FullBatches:
 
     Args:
         size: images in a full batch.
+        graphs: whether to run it as CUDA graphs, recorded once and replayed; begin each step with
+            `torch.compiler.cudagraph_mark_step_begin()`.
     """
 
-    def __init__(self, network: nn.Module, size: int) -> None:
+    def __init__(self, network: nn.Module, size: int, *, graphs: bool = False) -> None:
         self._network, self._size = network, size
         self._compiled: Callable[[Tensor], Tensor] = torch.compile(
-            network, dynamic=False, backend=BACKEND
+            network,
+            dynamic=False,
+            backend=BACKEND,
+            mode="reduce-overhead" if graphs else None,
         )
 
     def __call__(self, x: Tensor) -> Tensor:

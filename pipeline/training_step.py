@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 
 from ..models.tapped import Outputs
 from ..quant import world
+from .compiling import begin_step
 from .config import StageConfig
 from .distributed import synchronised
 from .learner import Learner
@@ -65,6 +66,7 @@ class TrainingStep:
         self._freeze_scales(progress)
         factor = lr_factor(self._stage.train.schedule, step, self.steps, self._per_epoch)
         set_lr(self.optimizer, factor)
+        begin_step(self.learner, x)
         taught = self._taught(x, step, progress)
         self.learner.before_step(progress)
         if self._synchronised is None:
