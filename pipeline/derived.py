@@ -11,7 +11,7 @@ from .spec import StageSpec
 PACKED_FORMAT = 1  # of packed files; a higher one was written by a newer Bitladder
 # raised when other bytes or numbers come of the same network
 PACK_RECIPE = 3
-EXPORT_RECIPE = 2
+EXPORT_RECIPE = 3
 BENCH_RECIPE = 1
 LOOK_RECIPE = 1
 MOST_FLIPS = 0.002  # of the test split

@@ -180,7 +180,11 @@ class _Writer:
             bias = (affine.shift.double() + own).float()
         q = self.coded.get(name)
         found = _scaled(as_integers(q), factor) if q is not None else None
-        parts = self._weights(name, layer, factor, found, largest)
+        # Of a whole-number convolution that several steps read, such as the stem before the first
+        # pre-activation block, OpenVINO (2026.4) adds another's output wrongly: in float32 it does
+        # not, and its weights are the same values.
+        in_codes = found if len(step.users) == 1 or affine is not None else None
+        parts = self._weights(name, layer, factor, in_codes, largest)
         if len(parts) == 1:
             self._product(step.name, name, layer, x, parts[0], bias)
         else:

@@ -83,7 +83,8 @@ def test_weights_are_int8_codes_of_few_levels():
     assert codes.dtype == np.int8
     # rows of a batch norm with a negative weight have their signs turned
     assert max(len(np.unique(row)) for row in codes) <= 4
-    assert not any(name.endswith(".weight") for name in found)
+    # but for the stem, which the first block adds to its own: see test_openvino
+    assert [name for name in found if name.endswith(".weight")] == ["conv1.weight"]
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(4, TensorProto.INT4), (2, TensorProto.INT2)])

@@ -51,6 +51,19 @@ def test_openvino_gives_the_same_logits(method, bits, tmp_path):
     assert any(name.endswith("I8") for name in kernels(found))
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_openvino_adds_a_convolution_that_several_read(bits):
+    """As a pre-activation network's stem; of whole numbers it adds them wrongly."""
+    model = quantized(bits, "lsq", width=16)
+    weights = coded_weights(model)
+    make_canonical(model, weights)
+    file = onnx_qcdq(model, weights, (3, 8, 8), metadata={}).model.SerializeToString()
+    found = the_core().compile_model(
+        the_core().read_model(file, b""), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    assert agree(logits(found, images()), model(images()))
+
+
 @pytest.mark.parametrize(("method", "more"), BINARY)
 def test_binary_layers_run_on_bits(method, more, tmp_path):
     model = quantized(1, method, **more)
