@@ -45,7 +45,7 @@ class QTensor:
     def dequantize(self) -> Tensor:
         """The values, float32, in the shape of `codes`."""
         if self.codebook is None:
-            values = self.codes.to(self.scale.dtype)
+            values = self.codes.to(self.scale.dtype, copy=True)
             if isinstance(self.zero_point, Tensor) or self.zero_point != 0:
                 values = values.sub_(self.zero_point)
             return values.mul_(self.scale)

@@ -442,7 +442,8 @@ def test_a_rank_whose_death_another_notices_first_is_the_one_that_is_named(tmp_p
         train={"epochs": 1, "devices": 2},
         ladder=[{"weight_bits": 32, "activation_bits": 32}],
     )
-    with pytest.raises(StageError, match="rank 1 of 2: its process ended by SIGKILL"):
+    # by gloo's abort where it notices in time that its own end is gone
+    with pytest.raises(StageError, match="rank 1 of 2: its process ended by SIG(KILL|ABRT)"):
         run(settings, Store(tmp_path))
     assert not ranks()
 
