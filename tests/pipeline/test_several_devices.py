@@ -443,7 +443,7 @@ def test_a_rank_whose_death_another_notices_first_is_the_one_that_is_named(tmp_p
         ladder=[{"weight_bits": 32, "activation_bits": 32}],
     )
     # by gloo's abort where it notices in time that its own end is gone
-    with pytest.raises(StageError, match="rank 1 of 2: its process ended by SIG(KILL|ABRT)"):
+    with pytest.raises(StageError, match=r"rank 1 of 2: its process ended by SIG(KILL|ABRT)"):
         run(settings, Store(tmp_path))
     assert not ranks()
 
