@@ -79,6 +79,16 @@ def config(**changes):
     return parse_config({**CONFIG, **changes})
 
 
+def one_rung_of(network):
+    """An epoch in full precision, by two processes."""
+    return config(
+        model={"name": network},
+        bin_regularization={},
+        train={"epochs": 1, "devices": 2},
+        ladder=[{"weight_bits": 32, "activation_bits": 32}],
+    )
+
+
 def run(settings, store, listener=lambda event: None):
     return run_ladder(open_ladder(settings, store, listener))
 
@@ -401,12 +411,7 @@ class Net(nn.Sequential):
 
 
 def test_an_exception_in_one_rank_is_told_with_its_text(tmp_path):
-    settings = config(
-        model={"name": "failing_on_one:Net"},
-        bin_regularization={},
-        train={"epochs": 1, "devices": 2},
-        ladder=[{"weight_bits": 32, "activation_bits": 32}],
-    )
+    settings = one_rung_of("failing_on_one:Net")
     with pytest.raises(StageError, match="rank 1 of 2: ArithmeticError: no more numbers"):
         run(settings, Store(tmp_path))
     assert not ranks()
@@ -436,12 +441,7 @@ class Net(nn.Sequential):
 
 
 def test_a_rank_whose_death_another_notices_first_is_the_one_that_is_named(tmp_path):
-    settings = config(
-        model={"name": "lost_first:Net"},
-        bin_regularization={},
-        train={"epochs": 1, "devices": 2},
-        ladder=[{"weight_bits": 32, "activation_bits": 32}],
-    )
+    settings = one_rung_of("lost_first:Net")
     # by gloo's abort where it notices in time that its own end is gone
     with pytest.raises(StageError, match=r"rank 1 of 2: its process ended by SIG(KILL|ABRT)"):
         run(settings, Store(tmp_path))
