@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .auto_ladder import recorded_course
 from .derived import differs_too_much
 from .errors import ConfigError
-from .figures import drawn, rows_of
+from .figures import Drawn, drawn, rows_of
 from .figures.style import FORMS as FIGURE_FORMS
 from .figures.style import save
 from .files import write_atomic
+from .forked import results_of
 from .history import last_epoch
 from .page import ladder_page
 from .record import MANIFEST
@@ -235,11 +237,17 @@ def write_figures(store: Store, runs: Sequence[Run], form: str, folder: Path) ->
     """Writes each figure of some runs to a file of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for each in drawn(store, runs):
+    shown = list(drawn(store, runs))
+    files = results_of([partial(_file, each, form) for each in shown])
+    for each, data in zip(shown, files, strict=True):
         path = folder / f"{each.name}.{form}"
-        write_atomic(path, save(each.draw(), form))
+        write_atomic(path, data)
         written.append(path)
     return written
+
+
+def _file(each: Drawn, form: str) -> bytes:
+    return save(each.draw(), form)
 
 
 def plain_table(frame: pd.DataFrame) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..forked import results_of
 from ..ladder_state import ladder_state
 from ..look import read_look
 from ..resume_command import resume_command
@@ -66,8 +68,10 @@ def ladder_page(
         for where, run in known
         for stage in run.stages
     }
-    for each in ladder_figures(store, runs, rows):
-        figure = _figure(each, several=len(runs) > 1)
+    shown_figures = list(ladder_figures(store, runs, rows))
+    draw = partial(_figure, several=len(runs) > 1)
+    drawings = results_of([partial(draw, each) for each in shown_figures])
+    for each, figure in zip(shown_figures, drawings, strict=True):
         if each.run is None or each.stage is None:
             above.append(figure)
         else:

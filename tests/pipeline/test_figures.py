@@ -4,6 +4,7 @@ import pytest
 from bitladder.pipeline.figures.curves import LINES, Course, loss_curves
 from bitladder.pipeline.figures.pareto import BYTES, MANY, accuracy_against
 from bitladder.pipeline.figures.ridges import ridges
+from bitladder.pipeline.figures.steps import step_sizes
 from bitladder.pipeline.figures.style import COLOURS, save
 from bitladder.pipeline.figures.teachers import disagreement
 from matplotlib.colors import to_hex
@@ -44,6 +45,25 @@ def test_losses_of_a_single_epoch_are_told_apart_by_their_markers():
     assert len(set(markers)) == len(LOSSES)
     assert "None" not in markers
     assert {line.get_marker() for line in legend(figure).values()} == set(markers)
+
+
+def test_the_bar_beside_step_sizes_has_the_colour_of_each_layer():
+    names = [f"conv{number}.weight" for number in range(5)]
+    epochs = [
+        {"epoch": epoch, "scales": {name: 0.1 + place for place, name in enumerate(names)}}
+        for epoch in (1, 2)
+    ]
+    (panel,) = step_sizes("w2a2", epochs).axes
+    lines = [to_hex(line.get_color()) for line in panel.get_lines()]
+    (bar,) = panel.collections
+    assert [to_hex(colour) for colour in bar.get_colors()] == lines
+    assert len(set(lines)) == len(names)
+    heights = {text.get_text(): text.get_position()[1] for text in panel.texts}
+    assert list(heights) == ["conv0", "conv2", "conv4"]
+    pieces = [(piece[0][1], piece[1][1]) for piece in bar.get_segments()]
+    for name, height in heights.items():
+        low, high = pieces[int(name.removeprefix("conv"))]
+        assert low < height < high
 
 
 def view(levels, span, stairs):

@@ -128,6 +128,17 @@ def test_figures_are_matplotlib_objects_and_the_same_bytes_again(finished):
     assert again.axes[0].get_xlabel() == "size of the packed file, kB"
 
 
+def test_every_letter_lies_within_its_figure(finished):
+    for name, figure in figures(finished, finished.runs()).items():
+        save(figure, "svg")
+        for text in (text for panel in figure.axes for text in panel.texts):
+            text.set_in_layout(True)
+        needed, there = figure.get_tightbbox(), figure.bbox_inches
+        assert needed.x0 >= 0 <= needed.y0, name
+        assert needed.x1 <= there.x1, name
+        assert needed.y1 <= there.y1, name
+
+
 def test_a_ladder_that_has_not_begun_has_a_page(tiny, store):
     open_ladder(tiny(), store, lambda event: None)
     page = page_of(store)

@@ -1,0 +1,81 @@
+"""Calls shared out among copies of the process: what they give, and what they may not change."""
+
+import os
+import signal
+import threading
+from functools import partial
+
+import pytest
+from bitladder.pipeline import forked
+from bitladder.pipeline.forked import FEWEST, results_of
+
+
+@pytest.fixture(autouse=True)
+def three_cores(monkeypatch):
+    monkeypatch.setattr(forked, "usable_cores", lambda: 3)
+
+
+def square(number):
+    return number**2, os.getpid()
+
+
+def pids(calls=30):
+    found = list(results_of([partial(square, number) for number in range(calls)]))
+    assert [value for value, _ in found] == [number**2 for number in range(calls)]
+    return {pid for _, pid in found}
+
+
+def test_results_come_in_the_order_of_the_calls_from_a_process_for_each_core():
+    found = pids()
+    assert len(found) == 3
+    assert os.getpid() not in found
+
+
+def test_what_is_not_worth_a_process_is_called_here():
+    assert pids(2 * FEWEST - 1) == {os.getpid()}
+    assert list(results_of([])) == []
+
+
+def test_with_other_threads_about_nothing_is_forked():
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    try:
+        assert pids() == {os.getpid()}
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_an_error_is_raised_as_it_is():
+    def fail():
+        raise LookupError("of the fifth")
+
+    calls = [partial(square, number) for number in range(30)]
+    calls[4] = fail
+    given = results_of(calls)
+    assert [next(given)[0] for _ in range(4)] == [0, 1, 4, 9]
+    with pytest.raises(LookupError, match="of the fifth"):
+        next(given)
+
+
+def test_what_a_killed_process_owes_is_called_here():
+    here = os.getpid()
+
+    def die():
+        if os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "done", here
+
+    found = list(results_of([die, *(partial(square, number) for number in range(29))]))
+    assert found[0] == ("done", here)
+    assert [value for value, _ in found[1:]] == [number**2 for number in range(29)]
+    assert len({pid for _, pid in found} - {here}) == 2
+
+
+def test_who_stops_asking_leaves_no_process_behind():
+    given = results_of([partial(square, number) for number in range(30)])
+    child = next(given)[1]
+    given.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
