@@ -28,6 +28,7 @@ def export_run(
     form: str,
     batch: int | None,
     narrow: bool,
+    vnni: bool,
     out: Path | None,
     force: bool,
     store: Store,
@@ -39,6 +40,8 @@ def export_run(
         raise ConfigError([f"--batch is for --format openvino; {form} takes any"])
     if narrow and form != "onnx":
         raise ConfigError([f"--narrow is for --format onnx, not {form}"])
+    if vnni and form != "openvino":
+        raise ConfigError([f"--vnni is for --format openvino; {form} is the same without it"])
     run = store.run(name)
     packed = _packed(run, stage, store)
     try:
@@ -52,9 +55,8 @@ def export_run(
     for rung, record in packed.items():
         made = record
         if form != "packed":
-            made = derive(
-                run, rung, export_spec(record.key, form, batch=batch, narrow=narrow), store
-            )
+            spec = export_spec(record.key, form, batch=batch, narrow=narrow, vnni=vnni)
+            made = derive(run, rung, spec, store)
         if rung in wanted:
             _deliver(made, store, wanted[rung])
         places = wanted.get(rung) or {
@@ -67,6 +69,12 @@ def export_run(
         top1 = made.metrics.get("export_top1", made.metrics.get("deployed_top1"))
         table.add_row(rung, f"{size / 1e3:.1f}", f"{100 * top1:.2f}", escape(str(target)))
     print_table(table)
+    for rung, made, _ in rows if form == "onnx" and not narrow else []:
+        if "openvino" not in made.metrics["runtimes"]:
+            print(
+                f"{rung}: for ONNX Runtime; OpenVINO adds it wrongly without VNNI instructions, "
+                "which this processor lacks: give OpenVINO --format openvino"
+            )
 
 
 def _packed(run: Run, stage: str | None, store: Store) -> dict[str, StageRecord]:

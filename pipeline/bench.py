@@ -14,10 +14,10 @@ import torch
 
 from ..quant.export.canonical import make_canonical
 from .errors import ConfigError
-from .exported import write_onnx, write_openvino
+from .exported import gains_by_vnni, write_onnx, write_openvino
 from .network import build_network
 from .packed_file import PackedModel
-from .runtimes import Opened, in_pytorch, open_onnx, open_openvino
+from .runtimes import NeedsVnni, Opened, in_pytorch, open_onnx, open_openvino
 from .timing import Case, in_turns
 
 BATCHES = (1, 64)
@@ -30,8 +30,8 @@ class Speed:
     """A network in one runtime at one batch size.
 
     Attributes:
-        runtime: "pytorch", "onnxruntime", "openvino", or "openvino, bits" where binary layers
-            run by xnor and popcount.
+        runtime: "pytorch", "onnxruntime", "openvino"; "openvino, vnni" the file for processors
+            with VNNI instructions; "openvino, bits" where binary layers run by xnor and popcount.
         seconds: of a batch, median over the rounds.
         low, high: the tenth and the ninetieth percentile.
         float_seconds: the same of the float32 network.
@@ -127,6 +127,11 @@ def _opened(
         ir = partial(write_openvino, batch=None)
         own, other = (open_openvino(file, threads=threads) for file in written(".xml", ir))
         pairs["openvino"] = own, other
+    if "openvino" in pairs and gains_by_vnni(packed):
+        with _left_out_if_refused("openvino, vnni", left_out):
+            file = folder / "vnni.xml"
+            write_openvino(packed, file, batch=None, vnni=True)
+            pairs["openvino, vnni"] = open_openvino(file, threads=threads), pairs["openvino"][1]
     return pairs
 
 
@@ -153,6 +158,8 @@ def _left_out_if_refused(runtime: str, left_out: dict[str, str]) -> Iterator[Non
     """Writes down why a runtime is not to be timed; the others are."""
     try:
         yield
+    except NeedsVnni:
+        left_out[runtime] = "this processor has no VNNI instructions"
     except ConfigError as error:
         left_out[runtime] = str(error)
 

@@ -11,8 +11,8 @@ from .spec import StageSpec
 PACKED_FORMAT = 1  # of packed files; a higher one was written by a newer Bitladder
 # raised when other bytes or numbers come of the same network
 PACK_RECIPE = 3
-EXPORT_RECIPE = 3
-BENCH_RECIPE = 1
+EXPORT_RECIPE = 4
+BENCH_RECIPE = 2
 LOOK_RECIPE = 1
 MOST_FLIPS = 0.002  # of the test split
 # of the files of each format to ship, the main one first
@@ -54,17 +54,29 @@ def teacher_keys(parents: Mapping[str, str]) -> list[str]:
 
 
 def export_spec(
-    packed: str, form: str, *, batch: int | None = None, narrow: bool = False
+    packed: str,
+    form: str,
+    *,
+    batch: int | None = None,
+    narrow: bool = False,
+    vnni: bool = False,
 ) -> StageSpec:
     """The stage that exports a packed network, whose key is given, to another format.
 
     Args:
         batch: of OpenVINO, for which binary layers run on bits.
         narrow: whether ONNX has codes of 4 and 2 bits in types of their own.
+        vnni: whether OpenVINO's is for processors with VNNI instructions only.
     """
     return StageSpec(
         kind="export",
-        options={"format": form, "batch": batch, "narrow": narrow, "recipe": EXPORT_RECIPE},
+        options={
+            "format": form,
+            "batch": batch,
+            "narrow": narrow,
+            "vnni": vnni,
+            "recipe": EXPORT_RECIPE,
+        },
         parents={"packed": packed},
     )
 

@@ -16,7 +16,7 @@ from .derived import too_many_flips
 from .errors import ConfigError
 from .files import write_atomic
 from .packed_file import PackedModel
-from .runtimes import Opened, in_pytorch, needed, open_onnx, open_openvino
+from .runtimes import NeedsVnni, Opened, in_pytorch, needed, open_onnx, open_openvino
 
 if TYPE_CHECKING:
     from ..quant.export.onnx_qdq import OnnxGraph
@@ -53,22 +53,35 @@ def write_onnx(packed: PackedModel, path: Path, *, narrow: bool = False) -> tupl
     return (path.name,)
 
 
-def write_openvino(packed: PackedModel, path: Path, *, batch: int | None) -> tuple[str, ...]:
+def write_openvino(
+    packed: PackedModel, path: Path, *, batch: int | None, vnni: bool = False
+) -> tuple[str, ...]:
     """Writes a packed network as OpenVINO's IR; the names of the files, the main one first.
 
-    With a batch size binary layers run on bits; nothing is written where there are none.
+    Args:
+        batch: with it binary layers run on bits; nothing is written where there are none.
+        vnni: leaves the layers whole that only processors with VNNI instructions add rightly.
 
     Raises:
         ConfigError: as above.
     """
     openvino = needed("openvino")
-    graph = _graph(packed, in_int16=True)
+    graph = _graph(packed, in_int16=not vnni)
     if batch is not None and not graph.binary:
         return ()
     from ..quant.export.openvino_ir import openvino_model
 
     openvino.save_model(openvino_model(graph, batch=batch), path, compress_to_fp16=False)
     return (path.name, path.with_suffix(".bin").name)
+
+
+def gains_by_vnni(packed: PackedModel) -> bool:
+    """Whether a packed network has layers that are in two parts for processors without VNNI.
+
+    Raises:
+        ConfigError: as above.
+    """
+    return _graph(packed).needs_vnni
 
 
 def _graph(packed: PackedModel, *, in_int16: bool = False, narrow: bool = False) -> OnnxGraph:
@@ -105,7 +118,11 @@ def compare(
 
     Returns:
         By runtime, the one that the format is for first; and why the file is not to be used,
-        None where it does what the packed network does.
+        None where it does what the packed network does. An ONNX file that OpenVINO needs VNNI
+        instructions for is right in ONNX Runtime, so that without them it is compared there only.
+
+    Raises:
+        ConfigError: the runtime that the format is for refuses the file.
     """
     opened = {"onnxruntime": open_onnx} if form == "onnx" else {}
     opened |= {} if narrow else {"openvino": open_openvino}
@@ -115,7 +132,12 @@ def compare(
     found: dict[str, Agreement] = {}
     problem = None
     for runtime, open_file in opened.items():
-        own = open_file(path, threads=torch.get_num_threads())
+        try:
+            own = open_file(path, threads=torch.get_num_threads())
+        except NeedsVnni:
+            if form == "openvino":
+                raise
+            continue
         for reference, network in references.items():
             one = agreement(own, in_pytorch(network), batches())
             found.setdefault(runtime, one)

@@ -20,6 +20,18 @@ from .packed_file import read_packed
 EXTRA = "pip install 'bitladder[deploy]'"
 
 
+class NeedsVnni(ConfigError):
+    """A file whose layers OpenVINO computes wrongly on this processor."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(
+            [
+                f"{file}: it needs VNNI instructions, which this processor lacks: OpenVINO would add "
+                "wrongly; for here: bitladder export --format openvino, without --vnni"
+            ]
+        )
+
+
 @dataclass(frozen=True)
 class Opened:
     """A network in a runtime.
@@ -87,17 +99,21 @@ def open_openvino(file: Path, *, threads: int) -> Opened:
     model of a fixed batch gets its images in such batches, the last one filled up.
 
     Raises:
+        NeedsVnni: this processor lacks the instructions.
         ConfigError: OpenVINO is not installed, or refuses the file.
     """
     needed("openvino")
-    from ..quant.export.openvino_ir import the_core
+    from ..quant.export.openvino_ir import adds_in_int32, needs_vnni, the_core
 
     core = the_core()
     hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
     try:
-        compiled = core.compile_model(core.read_model(file), "CPU", hints)
+        model = core.read_model(file)
+        compiled = core.compile_model(model, "CPU", hints)
     except Exception as error:
         raise ConfigError([f"{file}: OpenVINO refuses it: {error}"]) from None
+    if needs_vnni(model) and not adds_in_int32():
+        raise NeedsVnni(file)
     batch = compiled.input(0).get_partial_shape()[0]
     size = batch.get_length() if batch.is_static else None
 

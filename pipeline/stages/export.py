@@ -32,7 +32,7 @@ def export(context: StageContext) -> StageOutput:
     path = context.around.workdir / f"model{SUFFIXES[form][0]}"
     if form == "onnx":
         written = write_onnx(packed, path, narrow=options["narrow"])
-    elif not (written := write_openvino(packed, path, batch=batch)):
+    elif not (written := write_openvino(packed, path, batch=batch, vnni=options["vnni"])):
         raise StageError(
             context.around.name, "no layer is binary, so nothing needs a batch size", "leave it out"
         )

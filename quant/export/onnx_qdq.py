@@ -35,6 +35,7 @@ LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 INT8 = (-128, 127)
 NARROW = {(-2, 1): ml_dtypes.int2, (-8, 7): ml_dtypes.int4}
 INT16_MAX = 2**15 - 1
+NEEDS_VNNI = "openvino_needs", "VNNI"  # an entry of the file's metadata
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,18 @@ class BinaryLayer:
 
 @dataclass(frozen=True)
 class OnnxGraph:
-    """An ONNX model, and which of its convolutions are binary."""
+    """An ONNX model, and what its layers ask for.
+
+    Attributes:
+        binary: the convolutions that can run on bits.
+        needs_vnni: whether sums of two products pass 16 bits. A processor without VNNI
+            instructions saturates there, in runtimes that add whole numbers, such as OpenVINO.
+            The file's metadata then has the entry `NEEDS_VNNI`.
+    """
 
     model: onnx.ModelProto
     binary: tuple[BinaryLayer, ...]
+    needs_vnni: bool
 
 
 def onnx_qcdq(
@@ -84,9 +93,9 @@ def onnx_qcdq(
         weights: the coded weights by layer name.
         image: (C, H, W).
         metadata: for the file's metadata_props.
-        in_int16: whether sums of two products stay within 16 bits, which processors without VNNI
-            instructions do not exceed but saturate at. A layer that could is then two layers,
-            with a part of the weight each; at 8 bits that doubles the work, below it none does.
+        in_int16: whether sums of two products stay within 16 bits, for processors without VNNI
+            instructions. A layer whose sums could pass them is then two layers, with a part of
+            the weight each; at 8 bits that doubles the work, below it none does.
         narrow: codes of weights as INT4 and INT2 where they fit: a smaller file, whose layers run
             in float32 (ONNX Runtime) or which is refused (OpenVINO).
 
@@ -111,9 +120,10 @@ def onnx_qcdq(
         ir_version=NARROW_IR_VERSION if narrow else IR_VERSION,
         producer_name="bitladder",
     )
-    helper.set_model_props(found, dict(metadata))
+    needs = dict([NEEDS_VNNI]) if writer.needs_vnni else {}
+    helper.set_model_props(found, {**metadata, **needs})
     onnx.checker.check_model(found, full_check=True)
-    return OnnxGraph(found, tuple(writer.binary))
+    return OnnxGraph(found, tuple(writer.binary), writer.needs_vnni)
 
 
 class _Writer:
@@ -128,6 +138,7 @@ class _Writer:
         self.in_int16, self.narrow = in_int16, narrow
         self.nodes = Nodes(model)
         self.binary: list[BinaryLayer] = []
+        self.needs_vnni = False
 
     def walk(self) -> str:
         """Writes every step; the name of the network's output."""
@@ -165,8 +176,15 @@ class _Writer:
         module: Any = self.nodes.module(step)
         layer, name = _plain(module), str(step.target)
         x = source = self.nodes.input(step)
+        strides: Sequence[int] = getattr(layer, "stride", ())
         largest, stairs = 0, None
         if isinstance(module, QuantLayer) and module.input_quantizer is not None:
+            if _skips_pixels(layer):
+                # Of what is skipped nothing need be quantized. OpenVINO itself takes the pixels
+                # from behind the quantizer, and then runs the layer in float32.
+                ones = [1] * len(strides)
+                kept = {"kernel_shape": ones, "strides": list(strides)}
+                x, strides = self.nodes.node("MaxPool", [x], f"{step.name}.kept", **kept), ones
             try:
                 stairs = staircase(module.input_quantizer)
             except ValueError as error:
@@ -186,18 +204,25 @@ class _Writer:
         in_codes = found if len(step.users) == 1 or affine is not None else None
         parts = self._weights(name, layer, factor, in_codes, largest)
         if len(parts) == 1:
-            self._product(step.name, name, layer, x, parts[0], bias)
+            self._product(step.name, name, layer, x, parts[0], bias, strides)
         else:
             halves = [f"{step.name}.part{number}" for number in range(len(parts))]
-            self._product(halves[0], name, layer, x, parts[0], bias)
-            self._product(halves[1], name, layer, x, parts[1], None)
+            self._product(halves[0], name, layer, x, parts[0], bias, strides)
+            self._product(halves[1], name, layer, x, parts[1], None, strides)
             self.nodes.node("Add", halves, step.name)
         if stairs is not None and found is not None:
             self._note_binary(step.name, layer, source, stairs, found)
         return step.name
 
     def _product(
-        self, output: str, name: str, layer: Any, x: str, weight: str, bias: Tensor | None
+        self,
+        output: str,
+        name: str,
+        layer: Any,
+        x: str,
+        weight: str,
+        bias: Tensor | None,
+        strides: Sequence[int],
     ) -> None:
         """A convolution or linear layer of a weight that is there."""
         inputs = [x, weight]
@@ -215,7 +240,7 @@ class _Writer:
             inputs,
             output,
             kernel_shape=list(layer.kernel_size),
-            strides=list(layer.stride),
+            strides=list(strides),
             pads=[*layer.padding, *layer.padding],
             dilations=list(layer.dilation),
             group=layer.groups,
@@ -262,10 +287,13 @@ class _Writer:
 
     def _within_int16(self, name: str, whole: Tensor, largest: int) -> list[Tensor]:
         """A weight in one part or two whose products with inputs add up in pairs."""
-        if not self.in_int16 or largest == 0:
+        if largest == 0:
             return [whole]
         bound = INT16_MAX // (2 * largest)
         if float(whole.abs().amax()) <= bound:
+            return [whole]
+        if not self.in_int16:
+            self.needs_vnni = True
             return [whole]
         first = whole.clamp(-bound, bound)
         if float((whole - first).abs().amax()) > bound:
@@ -304,6 +332,13 @@ def _plain(module: nn.Module | None) -> Any:
     if isinstance(module, QuantLayer) and type(layer) not in LAYERS:
         raise CannotExport(f"ONNX export has no {type(layer).__name__}")
     return layer if type(layer) in LAYERS else None
+
+
+def _skips_pixels(layer: Any) -> bool:
+    """Whether it is a convolution of single pixels that does not read all of them."""
+    if isinstance(layer, nn.Linear) or not any(stride > 1 for stride in layer.stride):
+        return False
+    return all(size == 1 for size in layer.kernel_size) and not any(layer.padding)
 
 
 def _scaled(found: Integers | None, factor: Tensor | None) -> Integers | None:

@@ -11,7 +11,7 @@ import torch
 from openvino import opset1 as ops
 from openvino.utils import replace_node
 
-from .onnx_qdq import BinaryLayer, OnnxGraph
+from .onnx_qdq import NEEDS_VNNI, BinaryLayer, OnnxGraph
 
 
 @cache
@@ -25,11 +25,36 @@ def the_core() -> ov.Core:
     return ov.Core()
 
 
+def needs_vnni(model: ov.Model) -> bool:
+    """Whether a model, from an ONNX or an OpenVINO file, is right with VNNI instructions only."""
+    key, value = NEEDS_VNNI
+    path = ["framework", key]  # where OpenVINO puts the metadata of ONNX files
+    return bool(model.has_rt_info(path)) and model.get_rt_info(path).astype(str) == value
+
+
+@cache
+def adds_in_int32() -> bool:
+    """Whether OpenVINO adds products of 8-bit numbers rightly on this processor.
+
+    It does with VNNI instructions, or what other makers have in their place. Without, it adds two
+    products in 16 bits first, and gives back 2 * 32767 of the 4 * 255 * 127 that are asked here.
+    """
+    x = ops.parameter([1, 4, 1, 1], np.float32)
+    ends = [ops.constant(np.float32(end)) for end in (0, 255, 0, 255)]
+    codes = ops.convert(ops.constant(np.full((8, 4, 1, 1), 127, np.int8)), "f32")
+    weight = ops.multiply(codes, ops.constant(np.float32(1)))
+    y = ops.convolution(ops.fake_quantize(x, *ends, 256), weight, [1, 1], [0, 0], [0, 0], [1, 1])
+    hints = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = the_core().compile_model(ov.Model([y], [x]), "CPU", hints)
+    sums = compiled(np.full((1, 4, 1, 1), 255, np.float32))[0]
+    return bool((sums == 4 * 255 * 127).all())
+
+
 def openvino_model(graph: OnnxGraph, *, batch: int | None = None) -> ov.Model:
     """The network as an OpenVINO model.
 
     Args:
-        graph: from `onnx_qcdq`, with `in_int16` for processors without VNNI instructions.
+        graph: from `onnx_qcdq`; where it needs VNNI instructions, so does the model.
         batch: images at a time. With it the binary layers run on bits, which takes a fixed
             batch; without, they run in float and any batch goes.
     """

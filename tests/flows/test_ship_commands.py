@@ -18,6 +18,7 @@ from bitladder.pipeline.errors import ConfigError
 from bitladder.pipeline.predict import Prediction
 from bitladder.pipeline.runner import open_ladder, run_ladder
 from bitladder.pipeline.store import Store
+from bitladder.quant.export import openvino_ir
 from PIL import Image
 
 LADDER = {
@@ -123,6 +124,7 @@ def test_an_output_that_exists_is_kept(bitladder, store):
         (("--stage", "w2a2"), "there are: fp32, w4a4"),
         (("--batch", "2"), "--batch is for --format openvino"),
         (("--narrow",), "--narrow is for --format onnx"),
+        (("-f", "onnx", "--vnni"), "--vnni is for --format openvino"),
         (("-f", "openvino", "--stage", "w4a4", "--batch", "2"), "no layer is binary"),
     ],
 )
@@ -130,6 +132,14 @@ def test_what_cannot_be_exported_is_said(bitladder, store, words, says):
     code, _, err = bitladder("export", "tiny", *words)
     assert code in (1, 2)
     assert says in err
+
+
+def test_an_onnx_file_that_is_not_for_openvino_here_is_said_to_be_so(bitladder, store, monkeypatch):
+    monkeypatch.setattr(openvino_ir, "adds_in_int32", lambda: False)
+    code, out, _ = bitladder("export", "tiny", "-f", "onnx")
+    assert code == 0
+    notes = [line for line in out.splitlines() if "without VNNI" in line]
+    assert [line.split(":")[0] for line in notes] == ["w4a4"]  # its classifier has 8 bits
 
 
 def test_a_file_is_evaluated_on_the_data_of_a_config(bitladder, store):
@@ -260,6 +270,7 @@ def test_bench_measures_anew_where_a_runtime_is_another_or_it_is_asked_to(
         return out, len(Store("artifacts").of_kind("bench"))
 
     rungs = 2
+    rows = 2 * rungs + openvino_ir.adds_in_int32()  # w4a4, whose classifier has 8 bits, twice
     out, records = bench()
     assert f"openvino {version('openvino')}" in out
     assert (records, bench()) == (rungs, (out, rungs))
@@ -271,7 +282,7 @@ def test_bench_measures_anew_where_a_runtime_is_another_or_it_is_asked_to(
     monkeypatch.setattr(runtimes, "version", lambda package: "99.0")
     out, records = bench()
     assert ("onnxruntime 99.0" in out, records) == (True, 3 * rungs)
-    assert bitladder("report", "-f", "markdown")[1].count("| 99.0") == 2 * rungs
+    assert bitladder("report", "-f", "markdown")[1].count("| 99.0") == rows
 
 
 def test_clean_keeps_what_was_made_from_a_packed_network_until_its_ladder_is_gone(bitladder, store):

@@ -110,10 +110,12 @@ def test_any_batch_goes():
 
 
 def test_the_file_says_where_it_comes_from():
-    model = exported(quantized(4, "lsq")).model
-    onnx.checker.check_model(model, full_check=True)
-    assert {p.key: p.value for p in model.metadata_props} == {"made": "here"}
-    assert model.opset_import[0].version == 21
+    needs = {"openvino_needs": "VNNI"}  # of the 8-bit classifier
+    for in_int16, more in ((True, {}), (False, needs)):
+        model = exported(quantized(4, "lsq"), in_int16=in_int16).model
+        onnx.checker.check_model(model, full_check=True)
+        assert {p.key: p.value for p in model.metadata_props} == {"made": "here"} | more
+        assert model.opset_import[0].version == 21
 
 
 def test_16_bits_hold_the_sum_of_two_products():

@@ -1,13 +1,21 @@
+import os
+import platform
 import subprocess
 import sys
 
 import openvino
 import pytest
 import torch
+from bitladder.quant import QuantPolicy, calibrate, quantize_model
 from bitladder.quant.export.canonical import coded_weights, make_canonical
 from bitladder.quant.export.onnx_qdq import onnx_qcdq
-from bitladder.quant.export.openvino_ir import openvino_model, the_core
-from shipped_networks import agree, images, of_method, quantized
+from bitladder.quant.export.openvino_ir import (
+    adds_in_int32,
+    needs_vnni,
+    openvino_model,
+    the_core,
+)
+from shipped_networks import agree, build, images, of_method, quantized
 
 BINARY = [
     ("uniq", {"width": 8}),  # inputs 0 and s
@@ -18,10 +26,10 @@ BINARY = [
 ]
 
 
-def graph_of(model):
+def graph_of(model, *, in_int16=True):
     weights = coded_weights(model)
     make_canonical(model, weights)
-    return onnx_qcdq(model, weights, (3, 8, 8), metadata={}, in_int16=True)
+    return onnx_qcdq(model, weights, (3, 8, 8), metadata={}, in_int16=in_int16)
 
 
 def compiled(model, path):
@@ -62,6 +70,70 @@ def test_openvino_adds_a_convolution_that_several_read(bits):
         the_core().read_model(file, b""), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
     assert agree(logits(found, images()), model(images()))
+
+
+@pytest.mark.parametrize("name", ["preact_resnet8", "cifar_resnet8"])
+def test_shortcuts_that_skip_pixels_run_on_whole_numbers(name, tmp_path):
+    model = quantized(4, "lsq", name=name, width=16)
+    found = compiled(openvino_model(graph_of(model)), tmp_path / "model.xml")
+    assert agree(logits(found, images()), model(images()))
+    singles = [kernel for kernel in kernels(found) if "1x1" in kernel]
+    assert len(singles) == 2
+    assert all(kernel.endswith("I8") for kernel in singles)
+
+
+VNNI = """
+import sys
+from pathlib import Path
+from bitladder.pipeline.runtimes import NeedsVnni, open_openvino
+from bitladder.quant.export.openvino_ir import adds_in_int32
+
+assert not adds_in_int32()
+open_openvino(Path(sys.argv[1]), threads=1)
+for file in sys.argv[2:]:
+    try:
+        open_openvino(Path(file), threads=1)
+    except NeedsVnni as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="of x86 processors")
+def test_without_vnni_a_file_that_needs_it_is_refused_with_the_way_out(tmp_path):
+    """On a processor that OpenVINO is told to take for an older one."""
+    ways, files = {"anywhere": True, "vnni": False}, []
+    for name, in_int16 in ways.items():
+        graph = graph_of(quantized(8, "lsq"), in_int16=in_int16)
+        assert graph.needs_vnni == (not in_int16)
+        openvino.save_model(openvino_model(graph), tmp_path / f"{name}.xml", compress_to_fp16=False)
+        files.append(tmp_path / f"{name}.xml")
+    onnx_file = tmp_path / "vnni.onnx"
+    onnx_file.write_bytes(graph.model.SerializeToString())
+    command = [sys.executable, "-c", VNNI, *map(str, files), str(onnx_file)]
+    env = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [str(files[1]), str(onnx_file)]
+    assert all("export --format openvino, without --vnni" in line for line in lines)
+
+
+@pytest.mark.skipif(not adds_in_int32(), reason="this processor has no VNNI")
+def test_with_vnni_no_layer_is_in_two_parts(tmp_path):
+    model = quantized(8, "lsq", width=16)
+    parts, whole = (graph_of(quantized(8, "lsq", width=16), in_int16=way) for way in (True, False))
+    found = compiled(openvino_model(whole), tmp_path / "whole.xml")
+    halved = compiled(openvino_model(parts), tmp_path / "parts.xml")
+    assert agree(logits(found, images()), model(images()))
+    assert len(kernels(found)) == 9 < len(kernels(halved))
+
+
+@pytest.mark.parametrize(("weight_bits", "needs"), [(4, False), (7, False), (8, True)])
+def test_a_model_says_whether_it_needs_vnni(weight_bits, needs):
+    policy = QuantPolicy(weight_bits, 8, first_last_weight_bits=weight_bits)
+    model = quantize_model(build(), policy, inputs=images())
+    calibrate(model, [images()])
+    assert needs_vnni(openvino_model(graph_of(model.eval(), in_int16=False))) == needs
 
 
 @pytest.mark.parametrize(("method", "more"), BINARY)
