@@ -27,28 +27,25 @@ def can_pair(codes: Tensor, levels: int) -> bool:
     )
 
 
-def count(codes: Tensor, levels: int) -> Tensor:
-    """How often each of 0 .. levels - 1 occurs, int64 (levels,).
+def paired(codes: Tensor) -> Tensor:
+    """Two bytes as one number, the second counting 256 times: int32, (numel / 2,).
 
     Args:
         codes: uint8, (numel,), contiguous, `can_pair`.
     """
-    pairs = torch.bincount(codes.view(torch.int16), minlength=256 * MOST_LEVELS).view(-1, 256)
-    return (pairs.sum(0)[:MOST_LEVELS] + pairs.sum(1))[:levels]
+    return codes.view(torch.int16).int()  # torch counts and looks up int32 faster than int16
 
 
-def look_up(table: Tensor, codes: Tensor) -> Tensor:
-    """table[codes], float32 (numel,).
+def count(pairs: Tensor, levels: int) -> Tensor:
+    """How often each of the codes 0 .. levels - 1 occurs, int64 (levels,)."""
+    counts = torch.bincount(pairs, minlength=256 * MOST_LEVELS).view(-1, 256)
+    return (counts.sum(0)[:MOST_LEVELS] + counts.sum(1))[:levels]
 
-    Args:
-        table: float32, (levels,).
-        codes: uint8, (numel,), contiguous, `can_pair`.
-    """
-    pairs = torch.zeros(len(table), 256, 2, dtype=torch.float32)  # of second and first byte
-    pairs[:, : len(table), 0] = table
-    pairs[:, :, 1] = table[:, None]
-    values = torch.empty(codes.numel(), dtype=torch.float32)
-    index = codes.view(torch.int16).int()
+
+def look_up(table: Tensor, pairs: Tensor) -> Tensor:
+    """The table's value (float32, (levels,)) for each code, float32 (numel,)."""
+    of_pairs = torch.zeros(len(table), 256, 2, dtype=torch.float32)  # of second and first byte
+    of_pairs[:, : len(table), 0] = table
+    of_pairs[:, :, 1] = table[:, None]
     # two floats are copied as one number of eight bytes
-    torch.index_select(pairs.view(torch.int64).view(-1), 0, index, out=values.view(torch.int64))
-    return values
+    return of_pairs.view(torch.int64).view(-1).index_select(0, pairs).view(torch.float32)

@@ -14,7 +14,6 @@ from .functional import (
     learned_step,
     per_channel_view,
     round_to_level,
-    straight_through,
     to_codes,
     wide,
 )
@@ -113,7 +112,7 @@ class LearnedStepQuantizer(Quantizer):
         level = round_to_level(wide(x) / step, self.low, self.high, midrise=self.midrise)
         return QTensor(
             to_codes(level, self.low, self.bits),
-            step.clone(),
+            step,
             bits=self.bits,
             num_levels=int(self.high - self.low) + 1,
             zero_point=0.0 - self.low,
@@ -133,7 +132,9 @@ class LearnedStepQuantizer(Quantizer):
     def learned_scale(self, x: Tensor, *, gradient: float | None = None) -> Tensor:
         """The step in use, with a gradient to `scale`; see `Quantizer.learned_scale`."""
         factor = self.grad_factor(x) if gradient is None else gradient
-        return per_channel_view(straight_through(self.step(), self.scale * factor), x)
+        # exactly the step: what carries the gradient is zero
+        change = self.scale - self.scale.detach()
+        return per_channel_view(torch.add(self.step(), change, alpha=factor), x)
 
     def grad_factor(self, x: Tensor) -> float:
         """What the gradient of the step is multiplied by, for an input of this size."""

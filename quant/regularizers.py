@@ -6,16 +6,16 @@ Quantization via Bin Regularization"; for activations the public repositories th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import byte_pairs, world
 from .core import QTensor, Quantizer
-from .functional import from_stored_order, look_up, stored_order, wide
+from .functional import by_stride, from_order
 from .record import record
 from .swap import input_quantizers, weight_layers
 
@@ -47,7 +47,7 @@ def bin_regularization(
     """
     if values.shape != q.codes.shape:
         raise ValueError(f"values are {tuple(values.shape)}, codes {tuple(q.codes.shape)}")
-    return _BinRegularization.apply(values, scale, q, shared)
+    return _BinRegularization.apply([q], shared, values, scale)
 
 
 def weight_bin_regularization(
@@ -61,12 +61,17 @@ def weight_bin_regularization(
         grad_scale: factor on that gradient; None takes the factor of the quantizer's own
             gradient. With 1.0 it can exceed the task's by a factor of 1000.
     """
-    device = next(model.parameters()).device
-    total = torch.zeros((), device=device)
+    qs, values, scales = [], [], []
     for layer in weight_layers(model).values():
-        assert layer.weight_quantizer is not None
-        total = total + _pull(layer.weight_quantizer, layer.weight, attach_scale, grad_scale)
-    return total
+        quantizer, weight = layer.weight_quantizer, layer.weight
+        assert quantizer is not None
+        qs.append(quantizer.encode(weight))
+        values.append(quantizer.latent(weight))
+        scales.append(_scale(quantizer, weight, attach_scale, grad_scale))
+    if not qs:
+        return torch.zeros((), device=next(model.parameters()).device)
+    # all at once: layers are small, and most of the time of an operation on one is its call
+    return _BinRegularization.apply(qs, False, *values, *scales)
 
 
 def activation_bin_regularization(
@@ -85,7 +90,8 @@ def activation_bin_regularization(
     for name, x in inputs.items():
         quantizer = model.get_submodule(name.partition("#")[0])
         assert isinstance(quantizer, Quantizer)
-        total = total + _pull(quantizer, x, attach_scale, grad_scale, shared=True)
+        q, scale = quantizer.encode(x), _scale(quantizer, x, attach_scale, grad_scale)
+        total = total + bin_regularization(quantizer.latent(x), q, scale=scale, shared=True)
     return total
 
 
@@ -104,60 +110,96 @@ def collect_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             gathered.clear()
 
 
-def _pull(
-    quantizer: Quantizer, x: Tensor, attach: bool, gradient: float | None, *, shared: bool = False
-) -> Tensor:
-    scale = quantizer.learned_scale(x, gradient=gradient) if attach else None
-    return bin_regularization(quantizer.latent(x), quantizer.encode(x), scale=scale, shared=shared)
+def _scale(quantizer: Quantizer, x: Tensor, attach: bool, gradient: float | None) -> Tensor | None:
+    return quantizer.learned_scale(x, gradient=gradient) if attach else None
 
 
 class _BinRegularization(torch.autograd.Function):
-    """Loss = sum of (v - level)^2 / members of the bin, so both gradients fall out of one pass."""
+    """Loss = sum of (v - level)^2 / members of the bin, so both gradients fall out of one pass.
+
+    Of several tensors it is the sum of their losses; their values stand behind one another then.
+    """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, scale: Tensor | None, q: QTensor, shared: bool) -> Tensor:
-        level = q.dequantize()
-        distance = wide(values) - level
-        pull = _share(q, shared).to(distance.dtype).mul_(distance)
-        ctx.values_dtype = values.dtype
-        grad_scale = None
-        if scale is not None:
-            grad_scale = -2 * _sum_to(pull * level, q) / q.scale
-            grad_scale = grad_scale.view(scale.shape)
-        ctx.save_for_backward(pull, grad_scale)
-        return torch.dot(stored_order(distance, pull), stored_order(pull, pull))
+    def forward(ctx: Any, qs: Sequence[QTensor], shared: bool, *tensors: Tensor | None) -> Tensor:
+        values, scales = cast(Sequence[Tensor], tensors[: len(qs)]), tensors[len(qs) :]
+        places = [_Place.of(v, q) for v, q in zip(values, qs, strict=True)]
+        level = _joined([q.dequantize() for q in qs], places)
+        learned = any(scale is not None for scale in scales)
+        flat = _joined(values, places)
+        # written over where nobody needs the levels again: activations are large
+        distance = level.clone() if learned else level
+        distance = distance.to(torch.promote_types(level.dtype, flat.dtype)).sub_(flat)
+        pull = _shares(qs, places, shared=shared).to(distance.dtype).mul_(distance)
+        grad_scales: list[Tensor | None] = [None] * len(qs)
+        if learned:
+            for number, own in enumerate(_split(pull * level, places)):
+                if (scale := scales[number]) is not None:
+                    total = own.view(places[number].groups, -1).sum(1).view(scale.shape)
+                    grad_scales[number] = 2 * total / qs[number].scale.view(scale.shape)
+        ctx.places = places
+        ctx.save_for_backward(pull, *grad_scales)
+        return torch.dot(distance, pull)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        pull, grad_scale = ctx.saved_tensors
-        grad_values = (pull * (2 * grad)).to(ctx.values_dtype)
-        return grad_values, None if grad_scale is None else grad_scale * grad, None, None
+        pull, *grad_scales = ctx.saved_tensors
+        grad_values = [
+            from_order(part, place.shape, place.order).to(place.dtype)
+            for part, place in zip(_split(pull * (-2 * grad), ctx.places), ctx.places, strict=True)
+        ]
+        return None, None, *grad_values, *(None if g is None else g * grad for g in grad_scales)
 
 
-def _share(q: QTensor, shared: bool) -> Tensor:
-    """Of each value 1 / (members of its bin * scale groups), shaped as the codes."""
-    bins, groups = q.codes, 1
-    if q.channel_axis is not None:
-        groups = bins.shape[q.channel_axis]
-        shape = [1] * bins.dim()
-        shape[q.channel_axis] = groups
-        first = torch.arange(groups, device=bins.device, dtype=torch.int32) * q.num_levels
-        bins = bins + first.view(shape)
-    number = groups * q.num_levels
-    stored = stored_order(bins, bins)
-    paired = byte_pairs.can_pair(stored, number)
-    members = byte_pairs.count(stored, number) if paired else stored.bincount(minlength=number)
-    part = 1.0
+class _Place(NamedTuple):
+    """How a tensor stands among others: flat, its axes in this order, its scale groups together."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    order: list[int]
+    groups: int
+    levels: int
+
+    @classmethod
+    def of(cls, x: Tensor, q: QTensor) -> _Place:
+        order = by_stride(x)
+        groups = 1
+        if q.channel_axis is not None:
+            order.sort(key=lambda axis: axis != q.channel_axis)
+            groups = x.shape[q.channel_axis]
+        return cls(x.shape, x.dtype, order, groups, q.num_levels)
+
+
+def _joined(tensors: Sequence[Tensor], places: Sequence[_Place]) -> Tensor:
+    pairs = zip(tensors, places, strict=True)
+    flat = [x.permute(place.order).reshape(-1) for x, place in pairs]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def _split(flat: Tensor, places: Sequence[_Place]) -> Sequence[Tensor]:
+    return flat.split([place.shape.numel() for place in places])
+
+
+def _shares(qs: Sequence[QTensor], places: Sequence[_Place], *, shared: bool) -> Tensor:
+    """Of each value 1 / (members of its bin * scale groups), float32, as `_joined` puts them."""
+    bins = _joined([q.codes for q in qs], places)
+    rows = [
+        (place.shape.numel() // place.groups, place.levels, place.groups)
+        for place in places
+        for _ in range(place.groups)
+    ]
+    number = sum(levels for _, levels, _ in rows)
+    groups: Tensor | int = 1
+    if len(rows) > 1:  # the bins of each scale group are numbered behind those before it
+        sizes, levels, counts = torch.tensor(rows, device=bins.device).unbind(1)
+        first = (levels.cumsum(0) - levels).int()
+        bins = bins.int().add_(first.repeat_interleave(sizes, output_size=len(bins)))
+        groups = counts.repeat_interleave(levels, output_size=number)
+    paired = byte_pairs.can_pair(bins, number)
+    bins = byte_pairs.paired(bins) if paired else bins.int()
+    members = byte_pairs.count(bins, number) if paired else bins.bincount(minlength=number)
+    weight = 1.0
     if shared:
-        members, part = world.summed(members), world.ratio()
-    shares = part / (members.clamp_min(1) * groups)
-    if paired:
-        return from_stored_order(byte_pairs.look_up(shares, stored), bins)
-    return look_up(shares, bins.int())
-
-
-def _sum_to(x: Tensor, q: QTensor) -> Tensor:
-    """The sum over each scale group, in the shape of the scale."""
-    if q.channel_axis is None:
-        return x.sum().view_as(q.scale)
-    return x.movedim(q.channel_axis, 0).flatten(1).sum(1).view_as(q.scale)
+        members, weight = world.summed(members), world.ratio()
+    shares = weight / (members.clamp_min(1) * groups)
+    return byte_pairs.look_up(shares, bins) if paired else shares.index_select(0, bins)
