@@ -33,6 +33,7 @@ _LABELS = {
     "levels": "levels used, weights / activations",
     "packed %": "test of the packed network, %",
     "size kB": "packed size, kB",
+    "ideal kB": "ideal size, kB",
     "ratio": "times smaller than float32",
     "Gbitops": "bit operations an image, 10^9",
 }
@@ -104,9 +105,10 @@ class Artifacts:
 
         frame = self._frame().iloc[[position]]
         row: dict[str, Any] = frame.iloc[0].to_dict()
-        page = rung_page(f"{self._run_id}: {name}", text_rows(people(frame))[0], row)
+        shown = text_rows(people(frame))[0]
+        page = rung_page(f"{self._run_id}: {name}", shown, row)
         words = (str(position + 1), name)
-        create_markdown_artifact(page, key=self._key(*words))
+        create_markdown_artifact(page, key=self._key(*words), description=in_short(name, shown))
         file = (self._store.stages / pack_spec(row["key"]).key / PACKED).resolve()
         if file.is_file():
             create_link_artifact(
@@ -122,7 +124,11 @@ class Artifacts:
         page = failure_page(
             f"{self._run_id}: {name}", error, resume_command(self._store, self._run_id)
         )
-        create_markdown_artifact(page, key=self._key(str(position + 1), name))
+        create_markdown_artifact(
+            page,
+            key=self._key(str(position + 1), name),
+            description=f"{name} stopped: {_cause(error)}",
+        )
 
     def _frame(self) -> Any:
         from ..pipeline.report import accuracy_report
@@ -175,18 +181,28 @@ def rung_page(title: str, shown: dict[str, str], row: dict[str, Any]) -> str:
     return "\n".join([f"## {title}", *_headline(shown), "", *table, ""])
 
 
+def in_short(name: str, shown: dict[str, str]) -> str:
+    """What Prefect's list of artifacts has room for beside a rung's page: some 35 letters."""
+    facts = {"test %": "% right", "size kB": "kB"}
+    told = [f"{shown[column]} {unit}" for column, unit in facts.items() if shown[column]]
+    return f"{name}: {', '.join(told)}" if told else name
+
+
 def failure_page(title: str, error: Exception, resume: str) -> str:
     """Why a rung stopped and how to go on, as Markdown.
 
     Args:
         resume: the command that goes on with the ladder.
     """
-    cause = error.cause if isinstance(error, StageError) else str(error) or type(error).__name__
     hint = error.hint if isinstance(error, StageError) else ""
-    quoted = [f"> {line}" for line in cause.splitlines()]
+    quoted = [f"> {line}" for line in _cause(error).splitlines()]
     way_out = [_sentence(hint) or "What is done is kept.", "", "Go on with:"]
     lines = [f"## {title} stopped", "", *quoted, "", *way_out, "", "```", resume, "```", ""]
     return "\n".join(lines)
+
+
+def _cause(error: Exception) -> str:
+    return error.cause if isinstance(error, StageError) else str(error) or type(error).__name__
 
 
 def _headline(shown: dict[str, str]) -> list[str]:

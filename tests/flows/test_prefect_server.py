@@ -247,11 +247,14 @@ def test_artifacts_say_what_is_done_what_failed_and_how_to_go_on(server, store, 
         "2-w8a8-progress": "progress",
     }
     data = {key.removeprefix(f"{run.run}-"): each.data for key, each in artifacts.items()}
+    said = {key.removeprefix(f"{run.run}-"): each.description for key, each in artifacts.items()}
     done, failed = json.loads(data["table"])
     top1 = 100 * store.results(run)[0]["test_top1"]
     assert (done["stage"], done["state"], done["test %"]) == ("fp32", "done", f"{top1:.2f}")
     assert (failed["stage"], failed["state"], failed["test %"]) == ("w8a8", "failed", "")
     assert f"**{top1:.2f} %** of the test images" in data["1-fp32"]
+    assert said["1-fp32"].startswith(f"fp32: {top1:.2f} % right, ")
+    assert said["2-w8a8"].startswith("w8a8 stopped: the loss is")
     file = store.stages.resolve() / pack_spec(run.trained[0]).key / PACKED
     assert data["1-fp32-file"] == f"[{file}]({file.as_uri()})"
     assert "> the loss is" in data["2-w8a8"]
