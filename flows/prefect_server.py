@@ -28,6 +28,8 @@ from ..pipeline.parent_death import die_with
 
 START_SECONDS = 180.0  # 4 on an idle machine, 18 where the database is new; a busy one takes more
 STOP_SECONDS = 3.0
+# imported while the server starts: by the flow, and by the first optimizer; 1.5 s each
+NEEDED_SOON = ("prefect.artifacts", "torch._dynamo")
 LOG_NAME = "prefect-server.log"
 WAY_OUT = "`--runner plain` runs the same ladder without Prefect"
 
@@ -134,8 +136,8 @@ class TemporaryServer:
         """See `Api`."""
         assert self._process is not None, "start() comes before wait()"
         deadline = time.monotonic() + timeout
-        # needed soon, and its 1.5 s pass while the server does the same
-        importlib.import_module("prefect.artifacts")
+        for module in NEEDED_SOON:
+            importlib.import_module(module)
         while not _answers(self.url, timeout=min(1.0, timeout)):
             if (code := self._process.poll()) is not None:
                 raise _unavailable(self._failure(f"ended with code {code}"))
