@@ -1,51 +1,102 @@
-"""What TensorBoard costs a ladder: the share of each rung's time that goes into its charts.
+"""What a ladder pays to be seen and shipped: the share of each rung's time that goes into
+TensorBoard's charts, the look inside for its page, and its packed file.
 
-python benchmarks/charts_cost.py [CONFIG] [--set KEY=VALUE ...]
+python benchmarks/charts_cost.py [CONFIG] [--times 3] [--set KEY=VALUE ...]
 
 Runs the ladder (digits by default) in a folder of its own with runtime.tensorboard on and
-everything else as configured. Charts and rung are timed in one process, so a busy machine slows
-both alike. The first rung also pays for the import of the package.
+everything else as configured. All is timed in one process, so a busy machine slows all alike.
+The first rung also pays for the import of TensorBoard. Ends with 1 if a rung pays more than
+`--goal` percent.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bitladder.pipeline import runner
 from bitladder.pipeline.config_load import load_config
 from bitladder.pipeline.runner import open_ladder, run_ladder
 from bitladder.pipeline.store import Store
 from bitladder.pipeline.tensorboard import Charts
 
+PARTS = ("charts", "look", "pack")
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("config", nargs="?", default="digits")
-    parser.add_argument("--set", dest="overrides", action="append", default=[])
-    asked = parser.parse_args()
-    spent: dict[int, float] = {}
-    write = Charts.epoch
-
-    def timed(charts: Charts, *facts: Any) -> None:
-        began = time.perf_counter()
-        write(charts, *facts)
-        spent[charts.first] = spent.get(charts.first, 0.0) + time.perf_counter() - began
-
-    Charts.epoch = timed  # type: ignore[method-assign]
-    config = load_config(asked.config, [*asked.overrides, "runtime.tensorboard=true"])
+    args = parse_arguments()
+    overrides = [*args.set, *longer(args.config, args.set, args.times)]
+    config = load_config(args.config, [*overrides, "runtime.tensorboard=true"])
+    spent: dict[str, list[float]] = defaultdict(list)  # a number a rung
+    runner.found_or_made = timed(  # type: ignore[assignment]
+        runner.found_or_made, spent, lambda ladder, stage, spec, stop: spec.kind
+    )
+    written: dict[int, float] = defaultdict(float)
+    Charts.add = summed(Charts.add, written)  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder))
-        records = run_ladder(open_ladder(config, store))
+        run_ladder(open_ladder(config, store))
         num_bytes = sum(path.stat().st_size for path in store.root.rglob("*tfevents*"))
-    for name, record, seconds in zip(
-        [rung.name for rung in config.ladder], records, spent.values(), strict=True
-    ):
-        whole = record.metrics["seconds_here"]
-        print(f"{name}: {seconds:.2f} of {whole:.1f} s, {100 * seconds / whole:.1f} %")
+    spent["charts"] = list(written.values())
+    most = 0.0
+    trained = next(spent[kind] for kind in spent if kind not in PARTS)
+    for place, (rung, seconds) in enumerate(zip(config.ladder, trained, strict=True)):
+        shares = {part: 100 * spent[part][place] / seconds for part in PARTS}
+        most = max(most, sum(shares.values()))
+        told = ", ".join(f"{part} {share:.1f} %" for part, share in shares.items())
+        print(f"{rung.name}: {seconds:.1f} s; {told}; together {sum(shares.values()):.1f} %")
+    paid = {part: sum(spent[part]) for part in PARTS}
+    told = ", ".join(f"{part} {100 * paid[part] / sum(trained):.1f} %" for part in PARTS)
+    print(f"all: {sum(trained):.1f} s; {told}")
     print(f"{num_bytes / 1e3:.0f} kB of events")
+    sys.exit(most > args.goal)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("config", nargs="?", default="digits")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--times", type=int, default=1, help="as many epochs as configured")
+    parser.add_argument("--goal", type=float, default=3.0, metavar="PERCENT")
+    return parser.parse_args()
+
+
+def longer(source: str, overrides: list[str], times: int) -> list[str]:
+    """Overrides that give each rung of a list so many times its epochs."""
+    rungs = load_config(source, overrides).ladder
+    return [f"ladder.{n}.epochs={times * rung.train.epochs}" for n, rung in enumerate(rungs)]
+
+
+def timed(
+    call: Callable[..., Any], spent: dict[str, list[float]], name: Callable[..., str]
+) -> Callable[..., Any]:
+    """The same call, whose seconds are noted under what it is named by its arguments."""
+
+    def noted(*args: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return call(*args)
+        finally:
+            spent[name(*args)].append(time.perf_counter() - began)
+
+    return noted
+
+
+def summed(add: Callable[..., None], written: dict[int, float]) -> Callable[..., None]:
+    """`Charts.add` whose seconds are added up for each rung."""
+
+    def noted(charts: Charts, *args: Any, **options: Any) -> None:
+        began = time.perf_counter()
+        add(charts, *args, **options)
+        written[charts.first] += time.perf_counter() - began
+
+    return noted
 
 
 if __name__ == "__main__":

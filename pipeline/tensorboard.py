@@ -203,10 +203,10 @@ class Charts:
         found = []
         layers: Mapping[str, Any] = quant_layers(student) or _float_layers(student)
         for name, layer in layers.items():
-            found.append(_histogram(f"weights/{name}/before", layer.weight))
+            found.append(_histogram(f"weights/{name}/float", layer.weight))
             if getattr(layer, "weight_quantizer", None) is not None:
                 after = layer.weight_quantizer.encode(layer.weight).dequantize()
-                found.append(_histogram(f"weights/{name}/after", after))
+                found.append(_histogram(f"weights/{name}/quantized", after))
         inputs = [n for n, m in quant_layers(student).items() if m.input_quantizer is not None]
         if not inputs:
             return found
@@ -219,8 +219,8 @@ class Charts:
 
         with ExitStack() as stack:
             stack.enter_context(evaluating(student))
-            stack.enter_context(record(student, inputs, "input", reduce=reduce("before")))
-            stack.enter_context(record(student, inputs, "quantized", reduce=reduce("after")))
+            stack.enter_context(record(student, inputs, "input", reduce=reduce("float")))
+            stack.enter_context(record(student, inputs, "quantized", reduce=reduce("quantized")))
             student(self._images)
         return found
 

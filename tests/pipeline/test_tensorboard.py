@@ -84,14 +84,14 @@ def test_no_point_is_written_twice(charted):
 
 def test_histograms_count_all_values_of_a_layer_before_and_after_quantization(charted):
     found = events_of(folder_of(charted))
-    before = found.Histograms("weights/conv2/before")
+    before = found.Histograms("weights/conv2/float")
     assert [point.step for point in before] == [2, 4]
-    (after,) = found.Histograms("weights/conv2/after")
+    (after,) = found.Histograms("weights/conv2/quantized")
     assert sum(after.histogram_value.bucket) == before[0].histogram_value.num == 1152
     assert sum(count > 0 for count in after.histogram_value.bucket) <= 16  # 4 bits
     assert sum(count > 0 for count in before[1].histogram_value.bucket) > 16
-    (before,) = found.Histograms("activations/conv2/before")
-    (after,) = found.Histograms("activations/conv2/after")
+    (before,) = found.Histograms("activations/conv2/float")
+    (after,) = found.Histograms("activations/conv2/quantized")
     assert before.step == after.step == 4
     assert before.histogram_value.num == after.histogram_value.num == 128 * 8 * 8 * 8
 
