@@ -168,7 +168,10 @@ def study(
         ),
     ] = None,
     report_only: Annotated[
-        bool, typer.Option("--report-only", help="Print the tables of what is there; run nothing.")
+        bool,
+        typer.Option(
+            "--report-only", help="Tell what is there, and write its files again; run nothing."
+        ),
     ] = False,
     store: StoreOption = DEFAULT_STORE,
     database: DatabaseOption = None,

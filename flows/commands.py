@@ -167,7 +167,7 @@ def _run_row(run: Run, store: Store) -> dict[str, str]:
     models = dict.fromkeys(s["spec"]["options"]["model"]["name"] for s in run.stages)
     return {
         "run": run.run,
-        "state": coloured(ladder_state(store, run)),
+        "state": coloured(ladder_state(store, run, states)),
         "done": f"{states.count('done')} of {len(states)}",
         "data": run.config["data"]["name"],
         "model": ", ".join(models),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from ..pipeline.errors import BitladderError, ConfigError, Interrupted
+from ..pipeline.errors import BitladderError, ConfigError, Interrupted, StoreError
 from ..pipeline.interruption import Interruption
 from ..pipeline.store import DEFAULT_STORE, Store
 from ..pipeline.study_record import FILE, StudyRecord, register_study, study_folder
@@ -79,16 +79,27 @@ def run_study(run: StudyRun, store: Store) -> None:
 
 
 def show_study(run: StudyRun, store: Store) -> None:
-    """`bitladder study --report-only`: the tables of what is there; runs and writes nothing."""
+    """`bitladder study --report-only`: the tables of what is there; runs nothing.
+
+    The files of a study that was begun are written again: a changed study, or a newer version of
+    this package, tells more of the same results.
+    """
     study = load(run)
     tasks = _tasks(study, store, threads=1)
     left = [task for task in tasks if not settled(task, store)]
     if not any((store.stages / key).is_dir() for task in tasks for key in task.keys):
         print(f"nothing of {study.id} is in {store.root} yet")
     else:
-        from ..pipeline.study import study_tables, text
+        from ..pipeline.study import study_tables, text, write_study
 
-        print(text(study, store, study_tables(study, store)))
+        found = study_tables(study, store)
+        print(text(study, store, found))
+        if (study_folder(store, study.id) / FILE).is_file():
+            try:
+                for path in write_study(study, store, found):
+                    print(path)
+            except StoreError as error:  # such as of a store that one may only read
+                log.warning("the files of %s stay as they are: %s", study.id, error)
     if left:
         print(f"\n{len(left)} of {len(tasks)} trials are left; go on with: {run.command(store)}")
 

@@ -79,7 +79,10 @@ def ladder_page(
     by_run: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_run.setdefault(row["run"], []).append(row)
-    states = {run.run: ladder_state(where, run) for where, run in known}
+    states = {
+        run.run: ladder_state(where, run, [row["state"] for row in by_run[run.run]])
+        for where, run in known
+    }
     done = {run: sum(row["state"] == "done" for row in own) for run, own in by_run.items()}
     values = {
         "title": ", ".join(by_run),

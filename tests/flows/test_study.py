@@ -20,7 +20,8 @@ from bitladder.pipeline.errors import Diverged
 from bitladder.pipeline.record import CHECKPOINT
 from bitladder.pipeline.runner import open_ladder, run_ladder
 from bitladder.pipeline.store import Store
-from bitladder.pipeline.study_record import study_records, study_state
+from bitladder.pipeline.study.write import FILES
+from bitladder.pipeline.study_record import FILE, study_records, study_state
 
 BASE = {
     "name": "tiny",
@@ -180,9 +181,15 @@ def test_report_only_shows_what_is_there_and_runs_nothing(bitladder, store, no_w
     assert not Path("none").exists()
     key = keys_of(StudyRun("tiny.yaml"), "plain")[1][-1]
     shutil.rmtree(store.stages / key)
+    (folder,) = (store.root / "studies").iterdir()
+    (folder / "report.html").write_text("of an older version")
     code, out, _ = bitladder("study", "tiny.yaml", "--report-only")
     assert code == 0
     assert "kd - plain at w2a2" in out
+    assert "</html>" in (folder / "report.html").read_text()
+    figures = {f"{name}.{form}" for name in ("study", "differences") for form in ("png", "svg")}
+    assert {path.name for path in folder.iterdir()} == {FILE, *FILES, *figures}
+    assert all(str(folder / name) in out for name in (*FILES, *figures))
     assert out.endswith("1 of 4 trials are left; go on with: bitladder study tiny.yaml\n")
 
 

@@ -155,6 +155,15 @@ def test_the_page_of_a_failed_ladder_says_why_and_how_to_go_on(tiny, store):
     assert f"bitladder resume {store.run().run} --store {store.root}" in page
 
 
+def test_a_page_reads_where_its_rungs_stand_once(finished, monkeypatch):
+    read, states = [], Store.rung_states
+    monkeypatch.setattr(
+        Store, "rung_states", lambda store, run: read.append(run.run) or states(store, run)
+    )
+    page_of(Store(finished.root))
+    assert read == [finished.run().run]
+
+
 def test_runs_stand_side_by_side(tiny, store):
     for seed in (0, 7):
         open_ladder(tiny(seed=seed), store, lambda event: None)
