@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def facts(store: Store, run: Run, state: LadderState, done: int) -> dict[str, st
         "epochs": ", ".join(_epochs(stage) for stage in run.stages),
         "trained on": _of_records(records, _machine),
         "versions": _of_records(records, _versions),
-        "commit": _of_records(records, lambda environment: environment.get("commit") or ""),
+        "commit": _of_records(records, _commit),
     }
     return {name: text for name, text in found.items() if text}
 
@@ -64,6 +65,11 @@ def _machine(environment: Mapping[str, Any]) -> str:
 def _versions(environment: Mapping[str, Any]) -> str:
     names = ("bitladder", "torch", "torchvision", "numpy", "python")
     return ", ".join(f"{name} {environment[name]}" for name in names if environment.get(name))
+
+
+def _commit(environment: Mapping[str, Any]) -> str:
+    """Twelve digits of it: git takes them for the whole, and they fit into a column."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", environment.get("commit") or "")
 
 
 def _joined(texts: Iterable[str]) -> str:

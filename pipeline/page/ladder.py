@@ -28,13 +28,15 @@ class Rung:
     """A rung's part of the page.
 
     Attributes:
+        run: whose it is.
         anchor: where links to it lead.
         figures: drawn, each with what is said of it.
         examples: by teacher, images that it and the student take for different things.
     """
 
+    run: str
+    name: str
     anchor: str
-    title: str
     figures: list[Mapping[str, str]] = field(default_factory=list)
     examples: dict[str, list[Mapping[str, str]]] = field(default_factory=dict)
 
@@ -64,7 +66,7 @@ def ladder_page(
     above: list[Mapping[str, str]] = []
     known = [] if store is None else [(store, run) for run in runs]
     rungs = {
-        (run.run, str(stage["name"])): _rung(where, run, stage, several=len(runs) > 1)
+        (run.run, str(stage["name"])): _rung(where, run, stage)
         for where, run in known
         for stage in run.stages
     }
@@ -105,11 +107,11 @@ def ladder_page(
     return render_page("ladder.html", values)
 
 
-def _rung(store: Store, run: Run, stage: Mapping[str, Any], *, several: bool) -> Rung:
+def _rung(store: Store, run: Run, stage: Mapping[str, Any]) -> Rung:
     name = str(stage["name"])
     record = store.read(stage["key"])
     look = (read_look(store, record) if record else None) or {}
-    rung = Rung(f"{run.run}-{name}", f"{run.run}: {name}" if several else name)
+    rung = Rung(run.run, name, anchor=f"{run.run}-{name}")
     classes = look.get("classes", ())
 
     def named(label: int) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ OWN_COLOURS = {  # the last two are too dark for dark paper
     **{BLUE: "var(--blue)", VERMILLION: "var(--vermillion)"},
 }
 MOST_SVG = 400_000  # bytes; of a larger one a PNG is embedded
-TEXT = ("run", "stage", "state", "model", "quantizer", "teacher", "arm", "arm - against", "verdict")
+TEXT = ("stage", "state", "model", "quantizer", "teacher", "arm", "arm - against", "verdict")
 
 
 def render_page(template: str, values: Mapping[str, Any]) -> str:
@@ -34,8 +35,16 @@ def render_page(template: str, values: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["groups_of"] = _groups_of
     page = environment.get_template(template).render(**values, text_columns=TEXT)
     return _with_classes(page)
+
+
+def _groups_of(
+    rows: Iterable[Mapping[str, Any]], name: str
+) -> list[tuple[Any, list[Mapping[str, Any]]]]:
+    """Rows that stand together and have the same value, behind it; None where they have none."""
+    return [(value, list(own)) for value, own in groupby(rows, key=lambda row: row.get(name))]
 
 
 def embedded(figure: Figure, caption: str) -> str:

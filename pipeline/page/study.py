@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,8 @@ from .render import inlined, render_page
 
 if TYPE_CHECKING:
     import pandas as pd
+
+LEAST, MOST = 0.85, 1.4  # pixels of a screen a point: figures are 8 points' letters, 6 inches wide
 
 
 def study_page(
@@ -30,7 +33,7 @@ def study_page(
         files: text to keep beside it, by name.
     """
     drawn = [
-        {"name": "", "caption": caption, "drawing": inlined(svg, caption)}
+        {"name": "", "caption": caption, "drawing": _sized(svg, caption)}
         for caption, svg in figures.items()
     ]
     values = {
@@ -42,3 +45,14 @@ def study_page(
         "files": files,
     }
     return render_page("study.html", values)
+
+
+def _sized(svg: str, caption: str) -> str:
+    """A drawing whose letters are as large as the page's, or as small as a phone needs them."""
+    from markupsafe import Markup
+
+    found = re.search(r'<svg [^>]*?width="([\d.]+)pt"', svg)
+    assert found is not None  # matplotlib writes it
+    width = float(found[1])
+    style = f"min-width: {LEAST * width:.0f}px; max-width: {MOST * width:.0f}px"
+    return Markup(f'<div style="{style}">{inlined(svg, caption)}</div>')

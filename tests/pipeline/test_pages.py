@@ -1,8 +1,10 @@
 """The page of a ladder and its figures, of real ladders."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
 import torch
 from bitladder.flows.commands import show_report
@@ -172,6 +174,24 @@ def test_runs_stand_side_by_side(tiny, store):
     assert f"<tr><td></td>{ids}</tr>" in page
     assert '<tr><th scope="row">seed</th><td>0</td><td>7</td></tr>' in page
     assert '<tr><th scope="row">data</th><td colspan="2">digits, batches of 128</td></tr>' in page
+    named = re.findall(r'<th scope="rowgroup" colspan="(\d+)"><span>([^<]*)</span>', page)
+    head = page.partition('<th scope="col" class="text">stage</th>')[2].partition("</thead>")[0]
+    assert named == [(str(1 + head.count("<th")), run.run) for run in store.runs()]
+
+
+def test_links_to_rungs_stand_by_run(finished, page):
+    def lines(page):
+        return [re.findall(r">([^<>]+)</", line) for line in re.findall(r"<nav>.*?</nav>", page)]
+
+    assert lines(page) == [["fp32", "w1a2"]]
+    (run,) = finished.runs()
+    table, again = reports(finished, [run]), replace(run, run="again")
+    frame = pd.concat([table, table.assign(run="again")])
+    twice = render(frame, "html", finished, [run, again]).decode()
+    assert lines(twice) == [[f"{name}:", "fp32", "w1a2"] for name in (run.run, "again")]
+    anchors = re.findall(r'<a href="#([^"]*)"', twice)
+    assert len(set(anchors)) == 4
+    assert all(f'id="{anchor}"' in twice for anchor in anchors)
 
 
 def test_examples_and_captions_say_what_they_are_of(run, tiny, store):

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from bitladder.pipeline.errors import StoreError
 from bitladder.pipeline.figures.style import save
+from bitladder.pipeline.page.study import LEAST
 from bitladder.pipeline.study import study_tables, text, write_study
 from bitladder.pipeline.study.figure import LOST, study_figures
 from bitladder.pipeline.study.write import FILES
@@ -272,6 +273,15 @@ def test_a_study_without_comparisons_or_values_has_its_page(study, store):
     page = next(path for path in written(made, store) if path.name == "report.html").read_text()
     assert page.count("<svg") == 1
     assert made.id in page
+
+
+def test_a_drawing_of_a_study_is_as_wide_as_its_letters_need(claim, store, fill):
+    made = claim()
+    fill(made)
+    files = {path.name: path.read_text() for path in written(made, store) if path.suffix != ".png"}
+    for name in ("study.svg", "differences.svg"):
+        width = float(re.search(r'<svg [^>]*?width="([\d.]+)pt"', files[name])[1])
+        assert f"min-width: {LEAST * width:.0f}px" in files["report.html"]
 
 
 def test_written_again_the_files_are_the_same_bytes(claim, store, fill):
