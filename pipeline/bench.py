@@ -169,7 +169,7 @@ def _case(opened: Opened, x: torch.Tensor) -> Case:
 
 
 def _speed(name: str, batch: int, own: Case, other: Case, opened: Opened) -> Speed:
-    low, *_, high = statistics.quantiles(own.seconds, n=10)
+    low, *_, high = statistics.quantiles(own.seconds, n=10, method="inclusive")
     return Speed(
         runtime=name,
         batch=batch,

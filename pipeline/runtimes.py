@@ -26,8 +26,8 @@ class NeedsVnni(ConfigError):
     def __init__(self, file: Path) -> None:
         super().__init__(
             [
-                f"{file}: it needs VNNI instructions, which this processor lacks: OpenVINO would add "
-                "wrongly; for here: bitladder export --format openvino, without --vnni"
+                f"{file}: it needs VNNI instructions, which this processor lacks: OpenVINO would "
+                "add wrongly; for here: bitladder export --format openvino, without --vnni"
             ]
         )
 
@@ -149,11 +149,12 @@ def runtime_versions() -> dict[str, str]:
 
 def _kernels(compiled: Any) -> Counter[str]:
     """The width in which each layer with weights runs, by the names of OpenVINO's kernels."""
-    widths = {"_I8": "int8", "_u1": "1 bit", "_f32": "float32", "_BF16": "bfloat16"}
+    widths = {"i8": "int8", "u1": "1 bit", "f32": "float32", "bf16": "bfloat16"}
     found: Counter[str] = Counter()
     for operation in compiled.get_runtime_model().get_ordered_ops():
         info = operation.get_rt_info()
         kind, kernel = (str(info[key].astype(str)) for key in ("layerType", "primitiveType"))
+        end = kernel.rpartition("_")[2].lower()  # such as brgconv_avx512_I8
         if kind in ("Convolution", "BinaryConvolution", "FullyConnected"):
-            found[next((w for end, w in widths.items() if kernel.endswith(end)), kernel)] += 1
+            found[widths.get(end, kernel)] += 1
     return found
