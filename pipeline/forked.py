@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -12,8 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, TypeVar
-
-from .machine import usable_cores
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
@@ -29,13 +28,15 @@ def results_of(calls: Sequence[Callable[[], T]]) -> Iterator[T]:
     in forked processes, so they need not be pickled, only what they give. What a process owes that
     was killed, or that raised, is called here.
     """
-    shares = min(usable_cores(), len(calls) // FEWEST) if _may_fork() else 1
+    shares = min(_cores(), len(calls) // FEWEST) if _may_fork() else 1
     if shares < 2:
         yield from (call() for call in calls)
         return
-    begun = [_begin(calls[first::shares]) for first in range(shares)]
+    first, *others = calls
+    yield first()  # here: what it imports, such as matplotlib, is there when the others begin
+    begun = [_begin(others[place::shares]) for place in range(shares)]
     try:
-        for place, call in enumerate(calls):
+        for place, call in enumerate(others):
             _, answers = begun[place % shares]
             try:
                 result = answers.recv()
@@ -46,6 +47,11 @@ def results_of(calls: Sequence[Callable[[], T]]) -> Iterator[T]:
         for process, answers in begun:
             answers.close()
             process.join()
+
+
+def _cores() -> int:
+    """`machine.usable_cores`, on Linux, without the import of torch: pages need no other of it."""
+    return len(os.sched_getaffinity(0))
 
 
 def _may_fork() -> bool:

@@ -1,6 +1,8 @@
 """The page of a ladder and its figures, of real ladders."""
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -155,6 +157,18 @@ def test_the_page_of_a_failed_ladder_says_why_and_how_to_go_on(tiny, store):
     page = page_of(store)
     assert "fp32: the loss is nan at step 3 &lt;&amp;&gt;" in page
     assert f"bitladder resume {store.run().run} --store {store.root}" in page
+
+
+def test_a_page_needs_no_import_of_torch(finished):
+    script = (
+        "import sys\n"
+        "from bitladder.pipeline.report import render, reports\n"
+        "from bitladder.pipeline.store import Store\n"
+        "store = Store(sys.argv[1])\n"
+        "assert b'<svg' in render(reports(store, store.runs()), 'html', store, store.runs())\n"
+        "assert 'torch' not in sys.modules"  # two seconds, of three that a page may take
+    )
+    subprocess.run([sys.executable, "-c", script, str(finished.root)], check=True)
 
 
 def test_a_page_reads_where_its_rungs_stand_once(finished, monkeypatch):
