@@ -5,8 +5,9 @@ python benchmarks/charts_cost.py [CONFIG] [--times 3] [--set KEY=VALUE ...]
 
 Runs the ladder (digits by default) in a folder of its own with runtime.tensorboard on and
 everything else as configured. All is timed in one process, so a busy machine slows all alike.
-The first rung also pays for the import of TensorBoard. Ends with 1 if a rung pays more than
-`--goal` percent.
+The first rung also pays for the import of TensorBoard. Look and packed file cost the same for a
+rung of any length, so a short rung pays a larger share. Ends with 1 if the ladder as a whole pays
+more than `--goal` percent.
 """
 
 from __future__ import annotations
@@ -44,18 +45,16 @@ def main() -> None:
         run_ladder(open_ladder(config, store))
         num_bytes = sum(path.stat().st_size for path in store.root.rglob("*tfevents*"))
     spent["charts"] = list(written.values())
-    most = 0.0
     trained = next(spent[kind] for kind in spent if kind not in PARTS)
     for place, (rung, seconds) in enumerate(zip(config.ladder, trained, strict=True)):
         shares = {part: 100 * spent[part][place] / seconds for part in PARTS}
-        most = max(most, sum(shares.values()))
         told = ", ".join(f"{part} {share:.1f} %" for part, share in shares.items())
         print(f"{rung.name}: {seconds:.1f} s; {told}; together {sum(shares.values()):.1f} %")
-    paid = {part: sum(spent[part]) for part in PARTS}
-    told = ", ".join(f"{part} {100 * paid[part] / sum(trained):.1f} %" for part in PARTS)
-    print(f"all: {sum(trained):.1f} s; {told}")
+    shares = {part: 100 * sum(spent[part]) / sum(trained) for part in PARTS}
+    told = ", ".join(f"{part} {share:.1f} %" for part, share in shares.items())
+    print(f"all: {sum(trained):.1f} s; {told}; together {sum(shares.values()):.1f} %")
     print(f"{num_bytes / 1e3:.0f} kB of events")
-    sys.exit(most > args.goal)
+    sys.exit(sum(shares.values()) > args.goal)
 
 
 def parse_arguments() -> argparse.Namespace:
