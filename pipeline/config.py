@@ -172,6 +172,13 @@ class ScheduleConfig(Section):
     milestones: tuple[Fraction, ...] = Field(default=(0.5, 0.75), strict=False)  # step only
     gamma: Positive = 0.1  # step only
 
+    @model_validator(mode="after")
+    def _only_its_own(self) -> ScheduleConfig:
+        wrong = [f for f in ("milestones", "gamma") if self.name != "step" and is_set(self, f)]
+        if wrong:
+            raise ValueError(f"{self.name} has no {' and no '.join(wrong)}; name: step has")
+        return self
+
 
 class AveragingConfig(Section):
     """Which weights a stage ends with: the last ones, or a running average of them.

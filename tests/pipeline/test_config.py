@@ -135,6 +135,7 @@ def test_a_mistake_above_the_ladder_is_said_once():
     ("train", "message"),
     [
         ({"optimizer": {"name": "adam", "momentum": 0.3}}, "adam has no momentum"),
+        ({"schedule": {"milestones": [0.5]}}, "cosine has no milestones"),
         ({"quantizer_parameters": {"lr": 0.1, "lr_factor": 0.5}}, "give lr or lr_factor, not both"),
         (5, "train:"),
     ],
