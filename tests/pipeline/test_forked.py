@@ -3,7 +3,9 @@
 import os
 import signal
 import threading
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 
 import pytest
 from bitladder.pipeline import forked
@@ -13,6 +15,17 @@ from bitladder.pipeline.forked import FEWEST, results_of
 @pytest.fixture(autouse=True)
 def three_cores(monkeypatch):
     monkeypatch.setattr(forked, "_cores", lambda: 3)
+
+
+def alone(check):
+    """Runs a check in a fresh process: that of the tests may have other threads."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        pool.submit(on_three_cores, check).result(timeout=60)
+
+
+def on_three_cores(check):
+    forked._cores = lambda: 3
+    check()
 
 
 def square(number):
@@ -26,6 +39,10 @@ def pids(calls=30):
 
 
 def test_results_come_in_the_order_of_the_calls_from_a_process_for_each_core():
+    alone(in_order)
+
+
+def in_order():
     found = [pid for _, pid in results_of([partial(square, number) for number in range(30)])]
     assert found[0] == os.getpid()  # what it imports is there for the others
     assert len(set(found[1:]) - {os.getpid()}) == 3
@@ -60,6 +77,10 @@ def test_an_error_is_raised_as_it_is():
 
 
 def test_what_a_killed_process_owes_is_called_here():
+    alone(one_killed)
+
+
+def one_killed():
     here = os.getpid()
 
     def die():
@@ -75,6 +96,10 @@ def test_what_a_killed_process_owes_is_called_here():
 
 
 def test_who_stops_asking_leaves_no_process_behind():
+    alone(stopped)
+
+
+def stopped():
     given = results_of([partial(square, number) for number in range(30)])
     next(given)
     child = next(given)[1]
