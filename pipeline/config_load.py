@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -327,21 +328,43 @@ def validated(
     right = {key: value for key, value in raw.items() if key not in wrong}
     instead = STAND_INS.get(kind, {}) if stand_ins is None else stand_ins
     section = kind.model_validate({**instead, **right})
-    return section, [_line(e, where) for e in found]
+    return section, [_line(e, where, kind) for e in found]
 
 
-def _line(error: Any, where: tuple[Any, ...]) -> str:
+def _line(error: Any, where: tuple[Any, ...], kind: type[BaseModel]) -> str:
     loc = tuple(p for p in error["loc"] if p not in ("str", "int", "literal['same']"))
     loc = tuple(p for p in loc if not (isinstance(p, str) and p.startswith(("literal", "constr"))))
     text = error["msg"].removeprefix("Value error, ")
     value = error.get("input")
     if error["type"] == "extra_forbidden":
-        text = "unknown key"
+        text = _unknown_key(loc, kind)
     elif error["type"] == "missing":
         text = "is missing"
     elif isinstance(value, str | int | float | bool | None):
         text = f"{text[0].lower()}{text[1:]}, not {value!r}"
     return f"{path_text((*where, *loc))}: {text}" if loc or where else text
+
+
+def _unknown_key(loc: tuple[Any, ...], kind: type[BaseModel]) -> str:
+    """What is said of a key that its section, somewhere inside one of this kind, does not have."""
+    *parts, key = loc
+    section: type[BaseModel] | None = kind
+    for part in parts:
+        if section is not None and part in section.model_fields:
+            section = _section_in(section.model_fields[part].annotation)
+    known = [field.alias or name for name, field in section.model_fields.items()] if section else []
+    if close := get_close_matches(str(key), known, n=1):
+        return f"unknown key; did you mean {close[0]!r}?"
+    if parts and key in kind.model_fields:
+        return f"unknown key; {key} stands beside {parts[0]}, not in it"
+    return f"unknown key; known: {', '.join(known)}" if known else "unknown key"
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section among the types that a value may have."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _section_in(arg))), None)
 
 
 def _not_finite(value: Any, where: tuple[Any, ...] = ()) -> list[str]:

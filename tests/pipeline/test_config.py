@@ -134,6 +134,19 @@ def test_a_mistake_above_the_ladder_is_said_once():
 @pytest.mark.parametrize(
     ("train", "message"),
     [
+        ({"epoch": 5}, "train.epoch: unknown key; did you mean 'epochs'?"),
+        ({"optimizer": {"lrr": 0.1}}, "train.optimizer.lrr: unknown key; did you mean 'lr'?"),
+        ({"schedule": {"colour": 1}}, "train.schedule.colour: unknown key; known: name, warmup"),
+        ({"policy": {}}, "train.policy: unknown key; policy stands beside train, not in it"),
+    ],
+)
+def test_an_unknown_key_in_a_section_is_told_with_the_way_out(train, message):
+    assert errors_of({**BASE, "train": train})[0].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
         ({"optimizer": {"name": "adam", "momentum": 0.3}}, "adam has no momentum"),
         ({"schedule": {"milestones": [0.5]}}, "cosine has no milestones"),
         ({"quantizer_parameters": {"lr": 0.1, "lr_factor": 0.5}}, "give lr or lr_factor, not both"),
