@@ -26,6 +26,7 @@ from bitladder.pipeline.config_load import load_config
 from bitladder.pipeline.runner import open_ladder, run_ladder
 from bitladder.pipeline.store import Store
 from bitladder.pipeline.tensorboard import Charts
+from ladder import longer
 
 PARTS = ("charts", "look", "pack")
 
@@ -64,12 +65,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--times", type=int, default=1, help="as many epochs as configured")
     parser.add_argument("--goal", type=float, default=3.0, metavar="PERCENT")
     return parser.parse_args()
-
-
-def longer(source: str, overrides: list[str], times: int) -> list[str]:
-    """Overrides that give each rung of a list so many times its epochs."""
-    rungs = load_config(source, overrides).ladder
-    return [f"ladder.{n}.epochs={times * rung.train.epochs}" for n, rung in enumerate(rungs)]
 
 
 def timed(

@@ -197,7 +197,8 @@ def _check(trials: Sequence[Trial]) -> None:
 
 
 def _size(run: StudyRun, trials: Sequence[Trial]) -> int:
-    from ..pipeline.machine import choose_device, usable_cores
+    from ..pipeline.cores import usable_cores
+    from ..pipeline.machine import choose_device
 
     if run.workers is not None:
         return run.workers

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import os
 import signal
 import sys
 import threading
@@ -13,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, TypeVar
+
+from .cores import usable_cores
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
@@ -28,7 +29,7 @@ def results_of(calls: Sequence[Callable[[], T]]) -> Iterator[T]:
     in forked processes, so they need not be pickled, only what they give. What a process owes that
     was killed, or that raised, is called here.
     """
-    shares = min(_cores(), len(calls) // FEWEST) if _may_fork() else 1
+    shares = min(usable_cores(), len(calls) // FEWEST) if _may_fork() else 1
     if shares < 2:
         yield from (call() for call in calls)
         return
@@ -47,11 +48,6 @@ def results_of(calls: Sequence[Callable[[], T]]) -> Iterator[T]:
         for process, answers in begun:
             answers.close()
             process.join()
-
-
-def _cores() -> int:
-    """`machine.usable_cores`, on Linux, without the import of torch: pages need no other of it."""
-    return len(os.sched_getaffinity(0))
 
 
 def _may_fork() -> bool:

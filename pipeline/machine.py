@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .cores import usable_cores
 from .errors import ConfigError
 from .source_commit import source_commit
 
@@ -65,13 +66,6 @@ def device_mistakes(wanted: str, devices: Sequence[int]) -> list[str]:
 def own_threads(processes: int) -> int:
     """How many threads each of some processes may have on this machine: its share of the cores."""
     return max(usable_cores() // processes, 1)
-
-
-def usable_cores() -> int:
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..machine import usable_cores
+from ..cores import usable_cores
 from .bundle import DataError
 
 log = logging.getLogger(__name__)

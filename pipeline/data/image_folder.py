@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..machine import usable_cores
+from ..cores import usable_cores
 from .augment import Augmentation, Padding
 from .bundle import DATASETS, DataBundle, DataError, channel_statistics
 from .decode import OnError, check_all, read_all, size_of_first

@@ -14,38 +14,40 @@ from bitladder.pipeline.forked import FEWEST, results_of
 
 @pytest.fixture(autouse=True)
 def three_cores(monkeypatch):
-    monkeypatch.setattr(forked, "_cores", lambda: 3)
+    monkeypatch.setattr(forked, "usable_cores", lambda: 3)
 
 
-def alone(check):
-    """Runs a check in a fresh process: that of the tests may have other threads."""
+def alone(call):
+    """What a call gives in a fresh process: that of the tests may have other threads."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        pool.submit(on_three_cores, check).result(timeout=60)
+        return pool.submit(on_three_cores, call).result(timeout=60)
 
 
-def on_three_cores(check):
-    forked._cores = lambda: 3
-    check()
+def on_three_cores(call):
+    forked.usable_cores = lambda: 3
+    return os.getpid(), call()
 
 
 def square(number):
     return number**2, os.getpid()
 
 
+def squares(calls=30):
+    return list(results_of([partial(square, number) for number in range(calls)]))
+
+
 def pids(calls=30):
-    found = list(results_of([partial(square, number) for number in range(calls)]))
+    found = squares(calls)
     assert [value for value, _ in found] == [number**2 for number in range(calls)]
     return {pid for _, pid in found}
 
 
 def test_results_come_in_the_order_of_the_calls_from_a_process_for_each_core():
-    alone(in_order)
-
-
-def in_order():
-    found = [pid for _, pid in results_of([partial(square, number) for number in range(30)])]
-    assert found[0] == os.getpid()  # what it imports is there for the others
-    assert len(set(found[1:]) - {os.getpid()}) == 3
+    here, found = alone(squares)
+    assert [value for value, _ in found] == [number**2 for number in range(30)]
+    pids = [pid for _, pid in found]
+    assert pids[0] == here  # what it imports is there for the others
+    assert len(set(pids[1:]) - {here}) == 3
 
 
 def test_what_is_not_worth_a_process_is_called_here():
@@ -77,10 +79,13 @@ def test_an_error_is_raised_as_it_is():
 
 
 def test_what_a_killed_process_owes_is_called_here():
-    alone(one_killed)
+    here, found = alone(squares_and_a_death)
+    assert found.pop(1) == ("done", here)
+    assert [value for value, _ in found] == [number**2 for number in range(29)]
+    assert len({pid for _, pid in found} - {here}) == 2
 
 
-def one_killed():
+def squares_and_a_death():
     here = os.getpid()
 
     def die():
@@ -88,21 +93,22 @@ def one_killed():
             os.kill(os.getpid(), signal.SIGKILL)
         return "done", here
 
-    squares = [partial(square, number) for number in range(29)]
-    found = list(results_of([squares[0], die, *squares[1:]]))
-    assert found.pop(1) == ("done", here)
-    assert [value for value, _ in found] == [number**2 for number in range(29)]
-    assert len({pid for _, pid in found} - {here}) == 2
+    calls = [partial(square, number) for number in range(29)]
+    return list(results_of([calls[0], die, *calls[1:]]))
 
 
 def test_who_stops_asking_leaves_no_process_behind():
-    alone(stopped)
+    here, child = alone(child_of_the_first_two)
+    assert child != here
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
 
 
-def stopped():
+def child_of_the_first_two():
     given = results_of([partial(square, number) for number in range(30)])
     next(given)
     child = next(given)[1]
     given.close()
     with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)
+        os.kill(child, 0)  # while the process that asked still lives
+    return child
